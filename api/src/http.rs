@@ -1,0 +1,354 @@
+//! Bodies of the native HTTP API under `/v1`. Requests reject unknown fields.
+
+use crate::ids::{ExecutionId, MachineId, MachineName};
+use crate::lease::{Lease, LeasePolicy};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// What a user sees of a machine's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MachineStatus {
+    /// Booting for the first time, or again from its disk.
+    Starting,
+    /// vCPUs run.
+    Running,
+    /// Frozen or being written; a request gets it running at once.
+    Pausing,
+    /// Asleep with its memory: no process, no RAM.
+    Paused,
+    /// A restore is under way.
+    Waking,
+    /// Off, with its disk and without memory: shut down inside, or its memory was lost or refused.
+    Stopped,
+    /// Being deleted.
+    Deleting,
+}
+
+/// Which traffic may wake a paused machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WakePolicy {
+    /// HTTP and WebSocket requests.
+    pub http: bool,
+    /// SSH logins.
+    pub ssh: bool,
+    /// Raw TCP connections.
+    pub tcp: bool,
+    /// Exec, files and other API calls that need the guest.
+    pub api: bool,
+}
+
+impl Default for WakePolicy {
+    fn default() -> Self {
+        Self {
+            http: true,
+            ssh: true,
+            tcp: true,
+            api: true,
+        }
+    }
+}
+
+impl WakePolicy {
+    /// Nothing but an explicit resume wakes.
+    pub const OFF: Self = Self {
+        http: false,
+        ssh: false,
+        tcp: false,
+        api: false,
+    };
+}
+
+/// What a service speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServiceKind {
+    /// HTTP/1.1, WebSocket and whatever upgrades from it.
+    #[default]
+    Http,
+    /// Bytes.
+    Tcp,
+}
+
+/// `POST /v1/machines/{id}/services`, and part of a create.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ServiceSpec {
+    /// Unique within the machine; `port-<port>` if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<MachineName>,
+    /// Port in the guest, 1 to 65535.
+    pub port: u16,
+    /// What it speaks.
+    #[serde(default)]
+    pub kind: ServiceKind,
+}
+
+/// A service as it is exposed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Service {
+    /// Unique within the machine.
+    pub name: String,
+    /// Port in the guest.
+    pub port: u16,
+    /// What it speaks.
+    pub kind: ServiceKind,
+    /// Port on the proxy's address; kept for as long as the service is exposed.
+    pub listen_port: u16,
+    /// Where clients go, for example `http://127.0.0.1:20001`.
+    pub url: String,
+}
+
+/// `POST /v1/machines`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CreateMachine {
+    /// Unique label.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<MachineName>,
+    /// Template to start from.
+    #[serde(default = "default_template")]
+    pub template: String,
+    /// Number of vCPUs.
+    #[serde(default = "default_vcpus")]
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    #[serde(default = "default_mem_mib")]
+    pub mem_mib: u32,
+    /// Size of the disk in MiB; the template's own size if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_mib: Option<u32>,
+    /// Lease; without one the machine stays awake until it is told otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease: Option<LeasePolicy>,
+    /// Wake switches; all on if not given and the lease's action is not `destroy`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wake: Option<WakePolicy>,
+    /// Services to expose from the start.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub services: Vec<ServiceSpec>,
+    /// Free key/value pairs of the user.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub metadata: BTreeMap<String, String>,
+}
+
+fn default_template() -> String {
+    "base".to_owned()
+}
+fn default_vcpus() -> u8 {
+    1
+}
+fn default_mem_mib() -> u32 {
+    256
+}
+
+/// A machine, as every read and every change answers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// Permanent identity.
+    pub id: MachineId,
+    /// Unique label.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<MachineName>,
+    /// What it is doing.
+    pub status: MachineStatus,
+    /// The live execution.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub execution_id: Option<ExecutionId>,
+    /// Template it was made from.
+    pub template: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub mem_mib: u32,
+    /// Size of the disk in MiB.
+    pub disk_mib: u32,
+    /// Unix time of the create call in milliseconds.
+    pub created_unix_ms: u64,
+    /// The lease, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lease: Option<Lease>,
+    /// Wake switches.
+    pub wake: WakePolicy,
+    /// Exposed services.
+    pub services: Vec<Service>,
+    /// Free key/value pairs of the user.
+    pub metadata: BTreeMap<String, String>,
+    /// Why the last operation failed, until the next one succeeds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<LastError>,
+    /// Number of completed pauses.
+    pub pauses: u64,
+    /// Number of completed wakes.
+    pub wakes: u64,
+}
+
+/// The failure that a machine remembers.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LastError {
+    /// Stable code.
+    pub code: crate::ErrorCode,
+    /// What failed, on what.
+    pub message: String,
+    /// Unix time in milliseconds.
+    pub at_unix_ms: u64,
+}
+
+/// `GET /v1/machines`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineList {
+    /// Machines, oldest first.
+    pub machines: Vec<Machine>,
+    /// Pass as `after` to get the next page; absent on the last one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<MachineId>,
+}
+
+/// Where a resume takes the machine from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ResumeFrom {
+    /// Its memory; refused if there is none or it is damaged.
+    #[default]
+    Memory,
+    /// Its disk: a boot, which gives up the memory if there is one.
+    Disk,
+}
+
+/// `POST /v1/machines/{id}/resume`; the body may be empty.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ResumeMachine {
+    /// Memory or disk.
+    pub from: ResumeFrom,
+}
+
+/// `PUT /v1/machines/{id}/lease`; `null` takes the lease away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetLease {
+    /// The new policy, counted from now.
+    pub lease: Option<LeasePolicy>,
+}
+
+/// `PATCH /v1/machines/{id}/wake`: only the switches given change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PatchWake {
+    /// HTTP and WebSocket requests.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub http: Option<bool>,
+    /// SSH logins.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ssh: Option<bool>,
+    /// Raw TCP connections.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tcp: Option<bool>,
+    /// API calls that need the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api: Option<bool>,
+}
+
+/// `POST /v1/machines/{id}/exec`. Give `argv` or `shell`, not both.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ExecRequest {
+    /// Program and arguments, run without a shell.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub argv: Vec<String>,
+    /// A command line for `/bin/sh -c`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shell: Option<String>,
+    /// Added to the guest's default environment.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Working directory; `/workspace` if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
+    /// User name in the guest; `root` if not given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// Text for standard input, which is then closed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stdin: Option<String>,
+    /// Kill the whole group after so many milliseconds; 30 s if not given, no limit for background.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub timeout_ms: Option<u64>,
+    /// Answer with the PID at once and let the process run on.
+    pub background: bool,
+}
+
+/// Answer to an exec.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExecResult {
+    /// PID in the guest.
+    pub pid: u32,
+    /// Exit code, or 128 + signal; absent for a background process.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// Standard output, invalid UTF-8 replaced; at most [`crate::limits::MAX_EXEC_OUTPUT`] bytes.
+    pub stdout: String,
+    /// Standard error, likewise.
+    pub stderr: String,
+    /// Output past the limit was dropped.
+    pub truncated: bool,
+}
+
+/// A template on this host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Template {
+    /// Its name.
+    pub name: String,
+    /// Size of its root disk in MiB.
+    pub disk_mib: u32,
+    /// What it holds, for people.
+    pub description: String,
+}
+
+/// `GET /v1/templates`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemplateList {
+    /// By name.
+    pub templates: Vec<Template>,
+}
+
+/// One row of the events table.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Position in the host's one sequence.
+    pub offset: u64,
+    /// Unix time in milliseconds.
+    pub at_unix_ms: u64,
+    /// The machine.
+    pub machine_id: MachineId,
+    /// The execution, where one was live.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub execution_id: Option<ExecutionId>,
+    /// What happened, for example `machine.woken`.
+    pub kind: String,
+    /// Who caused it: `api`, `lease`, `http`, `tcp`, `ssh`, `guest`, `recovery`.
+    pub actor: String,
+    /// Details by kind: cause, stages in microseconds, bytes, errors.
+    pub detail: serde_json::Value,
+}
+
+/// `GET /v1/machines/{id}/events` and `GET /v1/events`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventList {
+    /// In order.
+    pub events: Vec<Event>,
+    /// Pass as `after` to go on.
+    pub next_offset: u64,
+}
+
+/// `GET /v1/healthz`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// Always `ok` when answered.
+    pub status: String,
+    /// Version of torpord.
+    pub version: String,
+    /// Machines by status.
+    pub machines: BTreeMap<String, u64>,
+}

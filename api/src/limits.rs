@@ -1,0 +1,20 @@
+//! Bounds on everything that comes from outside.
+
+/// Fewest and most vCPUs of a machine.
+pub const VCPUS: std::ops::RangeInclusive<u8> = 1..=8;
+/// Least and most guest memory, in MiB.
+pub const MEM_MIB: std::ops::RangeInclusive<u32> = 128..=65_536;
+/// Least and most size of a machine's disk, in MiB.
+pub const DISK_MIB: std::ops::RangeInclusive<u32> = 512..=1_048_576;
+/// Shortest and longest lease, in seconds (a year and a day).
+pub const LEASE_SECONDS: std::ops::RangeInclusive<u64> = 1..=31_622_400;
+/// Most services one machine exposes.
+pub const MAX_SERVICES: usize = 64;
+/// Most key/value pairs of metadata, and the most bytes of one key and one value.
+pub const MAX_METADATA: (usize, usize, usize) = (64, 128, 4096);
+/// Largest JSON body that the API reads, in bytes.
+pub const MAX_JSON_BODY: usize = 1 << 20;
+/// Longest command, argument list and environment of one exec together, in bytes.
+pub const MAX_EXEC_BYTES: usize = 256 << 10;
+/// Most output of a run-to-completion exec that is kept per stream, in bytes.
+pub const MAX_EXEC_OUTPUT: usize = 8 << 20;
