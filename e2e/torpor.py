@@ -1,0 +1,171 @@
+"""A client of the installed torpord for the tests: the unix-socket API, machines, and what tests wait for."""
+import contextlib
+import http.client
+import json
+import pathlib
+import socket
+import subprocess
+import time
+import urllib.parse
+
+SOCKET = "/run/torpor/api.sock"
+STATE_DIR = pathlib.Path("/var/lib/torpor")
+GUEST_DIR = pathlib.Path(__file__).parent / "guest"
+SERVICE_PORT = 8080
+
+
+class ApiFailure(Exception):
+    """An answer that is not 2xx."""
+
+    def __init__(self, status, body):
+        super().__init__(f"{status}: {body}")
+        self.status, self.body = status, body
+        self.code = body.get("code") if isinstance(body, dict) else None
+
+
+class UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path, timeout):
+        super().__init__("torpor", timeout=timeout)
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self.path)
+
+
+def call(method, path, body=None, timeout=240, headers=None):
+    """One request to the native API: the JSON answer, or ApiFailure."""
+    connection = UnixConnection(SOCKET, timeout)
+    try:
+        data = body if isinstance(body, (bytes, type(None))) else json.dumps(body).encode()
+        headers = dict({"Content-Type": "application/json"} if data is not None else {}, **(headers or {}))
+        connection.request(method, path, data, headers)
+        response = connection.getresponse()
+        text = response.read()
+    finally:
+        connection.close()
+    try:
+        answer = json.loads(text) if text else None
+    except ValueError:
+        answer = text.decode(errors="replace")
+    if response.status >= 300:
+        raise ApiFailure(response.status, answer)
+    return answer
+
+
+def wait_for(predicate, what, timeout=120):
+    """Poll until the predicate gives something true; fail naming what did not happen."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        value = predicate()
+        if value:
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"did not happen within {timeout} s: {what}")
+
+
+class Machine:
+    """One machine of a test, deleted at the end."""
+
+    def __init__(self, **spec):
+        self.info = call("POST", "/v1/machines", spec)
+        self.id = self.info["id"]
+
+    def get(self):
+        return call("GET", f"/v1/machines/{self.id}")
+
+    def status(self):
+        return self.get()["status"]
+
+    def pause(self):
+        return call("POST", f"/v1/machines/{self.id}/pause")
+
+    def resume(self, **body):
+        return call("POST", f"/v1/machines/{self.id}/resume", body or None)
+
+    def exec(self, *argv, **more):
+        body = {"argv": list(argv), "timeout_ms": 120_000, **more}
+        return call("POST", f"/v1/machines/{self.id}/exec", body)
+
+    def sh(self, script, **more):
+        result = call("POST", f"/v1/machines/{self.id}/exec", {"shell": script, "timeout_ms": 120_000, **more})
+        assert result["exit_code"] == 0, result
+        return result["stdout"]
+
+    def events(self, kind=None):
+        events = call("GET", f"/v1/machines/{self.id}/events?limit=1000")["events"]
+        return [event for event in events if kind in (None, event["kind"])]
+
+    def service(self, port=SERVICE_PORT):
+        return next(s for s in self.get()["services"] if s["port"] == port)
+
+    def url(self, path="/", port=SERVICE_PORT):
+        return self.service(port)["url"].rstrip("/") + path
+
+    def start_counter(self, pattern_mib=0, port=SERVICE_PORT):
+        """Start guest/counter.py inside and wait until it answers through the proxy."""
+        source = (GUEST_DIR / "counter.py").read_text()
+        self.exec("sh", "-c", "cat > /workspace/counter.py", stdin=source)
+        self.exec("python3", "/workspace/counter.py", str(port), str(pattern_mib), background=True, timeout_ms=None)
+        if not any(s["port"] == port for s in self.get()["services"]):
+            call("POST", f"/v1/machines/{self.id}/services", {"port": port})
+        url = self.url(port=port)
+
+        def answers():
+            with contextlib.suppress(OSError, ApiFailure):
+                return fetch(url)
+        return wait_for(answers, "counter.py answers")
+
+    def delete(self):
+        with contextlib.suppress(ApiFailure):
+            call("DELETE", f"/v1/machines/{self.id}")
+
+    @property
+    def directory(self):
+        return STATE_DIR / "machines" / self.id
+
+
+def request(url, method="GET", body=None, headers=None, timeout=120):
+    """One request of a plain HTTP client: (status, headers, body)."""
+    parts = urllib.parse.urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
+    try:
+        connection.request(method, parts.path or "/", body, headers or {})
+        response = connection.getresponse()
+        return response.status, response.headers, response.read()
+    finally:
+        connection.close()
+
+
+def fetch(url, **more):
+    """The JSON of a 200 answer; anything else is an ApiFailure."""
+    status, _, text = request(url, **more)
+    body = json.loads(text)
+    if status != 200:
+        raise ApiFailure(status, body)
+    return body
+
+
+def torpord_pid():
+    return int(subprocess.check_output(["systemctl", "show", "-p", "MainPID", "--value", "torpord"]))
+
+
+def wait_for_torpord():
+    def healthy():
+        with contextlib.suppress(OSError, ApiFailure, http.client.HTTPException):
+            return call("GET", "/v1/healthz", timeout=5)
+    return wait_for(healthy, "torpord answers", 60)
+
+
+def kill_torpord():
+    """kill -9 torpord and wait until systemd's new one answers."""
+    old = torpord_pid()
+    subprocess.run(["kill", "-9", str(old)], check=True)
+    wait_for(lambda: torpord_pid() not in (0, old), "systemd restarts torpord", 60)
+    wait_for_torpord()
+
+
+def disk_bytes(path):
+    """Bytes that files below a path really take."""
+    return sum(f.stat().st_blocks * 512 for f in pathlib.Path(path).rglob("*") if f.is_file())
