@@ -15,6 +15,7 @@ for path in (NONCE_PATH, DISK_PATH):
         file.write(NONCE)
 os.sync()
 PATTERN = bytearray(os.urandom(1 << 20) * PATTERN_MIB)
+PATTERN[:64] = (b"TORPOR-PATTERN-" + NONCE.encode()).ljust(64)
 PATTERN_CRC = zlib.crc32(PATTERN)
 LOCK = threading.Lock()
 count = 0
