@@ -1,1 +1,15 @@
-//! To be written.
+//! torpord: a host's machines, asleep and awake. A map of the crate:
+//!
+//! * [`machine`] – the lifecycle: the pure transition table, one driver task per machine that is not asleep,
+//!   lease timers, recovery.
+//! * `store` – all SQL.
+//! * `api` – HTTP to machine, error to response.
+//! * [`execution`], [`vmm_client`], [`guest_client`], [`net`], [`images`] – the platform: VMM processes, guest
+//!   agents, network slots, files.
+
+pub mod execution;
+pub mod guest_client;
+pub mod images;
+pub mod machine;
+pub mod net;
+pub mod vmm_client;

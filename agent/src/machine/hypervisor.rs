@@ -1,0 +1,292 @@
+//! What the lifecycle asks of the platform: executions of machines, and their files on disk.
+//!
+//! Owns the two traits between `machine/` and whatever runs virtual machines, and the values that pass through
+//! them. [`crate::execution`] implements them with VMM processes, `crate::machine::simulated` without.
+//! Contract for implementations, beyond the comments of each method:
+//!
+//! * Dropping a future of [`Hypervisor::boot`] or [`Hypervisor::restore`] gives everything back that it took:
+//!   process, slot, run directory. (Drop guards; the clean-up itself may go on in a task.)
+//! * Futures of [`Execution::freeze`] and [`Execution::persist`] may be dropped at any await; a
+//!   [`Execution::run`] that follows brings the guest back whatever they had reached.
+//! * When a call fails because the VMM died, [`Execution::exited`] says so, too.
+//! * No method polls or sleeps; none decides policy.
+//!
+//! Not its job: leases, waking, rows. It knows no store.
+
+use async_trait::async_trait;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use torpor_api::http::{ExecRequest, ExecResult};
+use torpor_api::vmm::{Counters, ExitReason, PersistStats, RestoreTrace, VmmState};
+use torpor_api::{ErrorCode, ExecutionId, MachineId};
+
+/// What must be known of a machine to run it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineSpec {
+    /// Its identity, and the name of its directory.
+    pub id: MachineId,
+    /// The template it was made from.
+    pub template: String,
+    /// The template's digest when it was made; another digest today refuses boot and restore.
+    pub template_digest: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub mem_mib: u32,
+    /// Size of the disk in MiB.
+    pub disk_mib: u32,
+}
+
+/// A template on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TemplateInfo {
+    /// Its name, which is its directory's.
+    pub name: String,
+    /// What binds machines to exactly this kernel and root disk.
+    pub digest: String,
+    /// Size of its root disk in MiB.
+    pub disk_mib: u32,
+    /// What it holds, for people.
+    pub description: String,
+}
+
+/// The hibernation image of a machine, judged by header, manifest and disk generation alone.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ImageState {
+    /// There is none.
+    None,
+    /// Complete, and the disk has not been written since.
+    Valid {
+        /// Generation in the manifest.
+        generation: u64,
+    },
+    /// Complete, and the disk is newer: never to be resumed.
+    Stale {
+        /// Generation in the manifest.
+        generation: u64,
+    },
+    /// Cut short, damaged, or its parts disagree.
+    Corrupt {
+        /// Which part, and how.
+        message: String,
+    },
+}
+
+/// A freeze that worked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FreezeTrace {
+    /// Spent in the guest, which still ran, to bring its file systems to rest; in microseconds.
+    pub quiesce_us: u64,
+    /// From the freeze request to the last vCPU stopped and the devices still, in microseconds.
+    pub freeze_us: u64,
+}
+
+/// A frozen guest that runs again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Ran {
+    /// A persist was under way and was ended.
+    pub persist_cancelled: bool,
+    /// From the request to the vCPUs released, in microseconds.
+    pub run_us: u64,
+}
+
+/// A restore that worked: where its time went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WakeStages {
+    /// From the call to a prepared VMM process with its slot in hand, in microseconds.
+    pub vmm_ready_us: u64,
+    /// From the call to the restore's reply, in microseconds.
+    pub restored_us: u64,
+    /// From the call to the guest agent's acknowledgement of clock and entropy, in microseconds.
+    pub resynced_us: u64,
+    /// What the VMM tells of the restore.
+    pub vmm: RestoreTrace,
+}
+
+/// Figures of a live execution.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmmStatus {
+    /// Where the VMM stands.
+    pub state: VmmState,
+    /// The last persist that this process completed.
+    pub persisted: Option<PersistStats>,
+    /// Counters.
+    pub counters: Counters,
+}
+
+/// An execution that was found running when torpord started.
+pub struct Adopted {
+    /// The machine that it says it runs.
+    pub machine: MachineId,
+    /// Where its VMM stands.
+    pub state: VmmState,
+    /// The way to it.
+    pub execution: Arc<dyn Execution>,
+}
+
+/// Why the platform could not. Clonable, because one outcome answers every waiter.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{message}")]
+pub struct HypervisorError {
+    /// What the caller of the API gets to see.
+    pub code: ErrorCode,
+    /// Operation and operands.
+    pub message: String,
+    /// The cause.
+    #[source]
+    pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
+}
+
+impl HypervisorError {
+    /// An error without a cause.
+    #[must_use]
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), source: None }
+    }
+
+    /// The same error with its cause.
+    #[must_use]
+    pub fn because(mut self, source: impl std::error::Error + Send + Sync + 'static) -> Self {
+        self.source = Some(Arc::new(source));
+        self
+    }
+
+    /// The memory in the image will never come back, however often it is tried: damaged, or made elsewhere.
+    #[must_use]
+    pub fn refuses_image(&self) -> bool {
+        matches!(self.code, ErrorCode::ImageCorrupt | ErrorCode::ImageIncompatible)
+    }
+}
+
+/// Why there is no connection to a port of the guest.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ConnectError {
+    /// The guest answered that nothing listens.
+    #[error("guest port {port} refuses connections")]
+    Refused {
+        /// Port.
+        port: u16,
+    },
+    /// The guest did not answer within the platform's bound.
+    #[error("guest port {port} does not answer")]
+    TimedOut {
+        /// Port.
+        port: u16,
+    },
+    /// The host could not even ask.
+    #[error("cannot connect to guest port {port}: {message}")]
+    Unreachable {
+        /// Port.
+        port: u16,
+        /// Why.
+        message: String,
+    },
+}
+
+/// Runs machines on this host.
+#[async_trait]
+pub trait Hypervisor: Send + Sync + 'static {
+    /// Boot from disk: give up the hibernation image first (manifest removed, durably, so that old memory can
+    /// never come back over this boot), make the overlay if it is missing, start the VMM, and answer when the
+    /// guest agent answers a ping. Errors: `boot_failed`, `disk_full`, `capacity_exceeded`, `template_not_found`.
+    async fn boot(
+        &self,
+        machine: &MachineSpec,
+        execution: &ExecutionId,
+    ) -> Result<Arc<dyn Execution>, HypervisorError>;
+
+    /// Restore from the image, whose manifest must name exactly `generation`; answer when the vCPUs run and the
+    /// guest agent acknowledged clock and entropy. Errors: `image_corrupt` and `incompatible_snapshot` before
+    /// the guest ran, else `machine_resume_failed` or `capacity_exceeded`; the image is unharmed by all of them.
+    async fn restore(
+        &self,
+        machine: &MachineSpec,
+        execution: &ExecutionId,
+        generation: u64,
+    ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError>;
+
+    /// Called once, at start: every VMM that still answers under the run directory. What does not answer is
+    /// cleaned away (slot scrubbed, directory removed) before this returns.
+    async fn adopt(&self) -> Vec<Adopted>;
+
+    /// The machine's image by header, manifest and `disk.gen`; reads a few KiB at most.
+    async fn inspect_image(&self, machine: &MachineId) -> ImageState;
+
+    /// Remove the machine's directory and everything in it. No directory is no error.
+    async fn delete_files(&self, machine: &MachineId) -> Result<(), HypervisorError>;
+
+    /// The last `max_bytes` of the machine's console; empty if it never ran.
+    async fn console_tail(&self, machine: &MachineId, max_bytes: u64) -> Result<Vec<u8>, HypervisorError>;
+
+    /// The template of this name. The name is hostile input.
+    async fn template(&self, name: &str) -> Option<TemplateInfo>;
+
+    /// All templates, by name.
+    async fn templates(&self) -> Vec<TemplateInfo>;
+}
+
+/// One live run of a machine.
+#[async_trait]
+pub trait Execution: Send + Sync + 'static {
+    /// Its ID.
+    fn id(&self) -> &ExecutionId;
+
+    /// Quiesce the guest within a short bound (going on without it if it does not answer), then stop the vCPUs.
+    /// On an error the guest runs, or the VMM is gone.
+    async fn freeze(&self) -> Result<FreezeTrace, HypervisorError>;
+
+    /// Write the frozen machine out as `generation`; answers when the image is durable and the manifest renamed
+    /// in. On an error (`disk_full`, `pause_failed`) the guest runs again, or the VMM is gone.
+    async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError>;
+
+    /// Run a guest that may be frozen, persisting, durable or running already.
+    async fn run(&self) -> Result<Ran, HypervisorError>;
+
+    /// End the VMM, give its slot back, remove its run directory. Answers when the machine's files are no longer
+    /// open. Can be called again, and after the VMM died.
+    async fn quit(&self);
+
+    /// Becomes `Some` when the guest ended or the VMM is gone.
+    fn exited(&self) -> watch::Receiver<Option<ExitReason>>;
+
+    /// A TCP connection to the guest, made inside its slot.
+    async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError>;
+
+    /// Run a command in the guest to its end, or start it for a background one. The request was validated.
+    /// Errors: `exec_failed`, `exec_timeout`, `guest_unreachable`.
+    async fn exec(&self, request: ExecRequest) -> Result<ExecResult, HypervisorError>;
+
+    /// The first response byte left: the working set is complete. Fire and forget.
+    fn first_byte(&self);
+
+    /// State and counters of the VMM.
+    async fn status(&self) -> Result<VmmStatus, HypervisorError>;
+}
+
+impl fmt::Debug for dyn Execution {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Execution").field(&self.id().as_str()).finish()
+    }
+}
+
+/// Settings of the platform, from torpord's configuration.
+#[derive(Debug, Clone)]
+pub struct PlatformConfig {
+    /// `/var/lib/torpor`.
+    pub state_dir: PathBuf,
+    /// `/run/torpor`.
+    pub run_dir: PathBuf,
+    /// Where templates are looked for, first match wins.
+    pub template_dirs: Vec<PathBuf>,
+    /// The VMM's executable.
+    pub vmm_path: PathBuf,
+    /// Longest time from a boot request to the guest agent's first answer.
+    pub boot_timeout: std::time::Duration,
+    /// Largest console log in bytes.
+    pub console_limit_bytes: u64,
+    /// Most executions at a time, which is the number of network slots.
+    pub max_slots: u16,
+}

@@ -1,0 +1,3 @@
+//! `torpord`: reads the configuration, wires the parts together, waits for a signal.
+
+fn main() {}
