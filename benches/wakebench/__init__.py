@@ -1,0 +1,1 @@
+"""The wake benchmark: guests, the two systems, the run, the summary and the plot."""

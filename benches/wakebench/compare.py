@@ -1,0 +1,55 @@
+"""Summaries and ratios of results."""
+import json
+import statistics
+
+
+def load(path):
+    with open(path) as file:
+        return [json.loads(line) for line in file]
+
+
+def percentile(values, share):
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def groups(samples, kind, field):
+    """Values of a field by (system, cache), for samples of a kind that have it."""
+    found = {}
+    for sample in samples:
+        if sample.get("kind") == kind and field in sample:
+            found.setdefault((sample["system"], sample.get("cache", "")), []).append(sample[field])
+    return found
+
+
+ROWS = [("wake", "warm_ms"), ("wake", "wake_ms"), ("wake", "overhead_ms"), ("pause", "freeze_ms"),
+        ("pause", "pause_ms"), ("pause", "written_bytes"), ("mid-persist", "wake_ms"), ("burst", "wake_ms")]
+
+
+def print_summary(samples):
+    host = samples[0]
+    print(f"host: {host['cpu']}, {host['cores']} cores, Linux {host['kernel']}; guest: {host['guest']}")
+    print(f"{'kind':<12}{'figure':<15}{'system':<25}{'cache':<6}{'n':>4}{'p50':>14}{'p95':>14}{'max':>14}")
+    for kind, field in ROWS:
+        for (system, cache), values in sorted(groups(samples, kind, field).items()):
+            print(f"{kind:<12}{field:<15}{system:<25}{cache:<6}{len(values):>4}{statistics.median(values):>14.2f}"
+                  f"{percentile(values, .95):>14.2f}{max(values):>14.2f}")
+    for field in ("overhead_ms", "freeze_ms"):
+        kind = "wake" if field == "overhead_ms" else "pause"
+        found = groups(samples, kind, field)
+        for (system, cache), values in sorted(found.items()):
+            ours = found.get(("torpor", cache))
+            if system != "torpor" and ours:
+                ratio = statistics.median(values) / max(statistics.median(ours), 1e-6)
+                print(f"{field}, {cache}: Torpor is {ratio:.1f}x below {system}")
+
+
+def print_ratios(old_path, new_path):
+    """Medians of NEW over OLD for every figure that both have."""
+    old, new = load(old_path), load(new_path)
+    for kind, field in ROWS:
+        before, after = groups(old, kind, field), groups(new, kind, field)
+        for key in sorted(before.keys() & after.keys()):
+            a, b = statistics.median(before[key]), statistics.median(after[key])
+            print(f"{kind:<12}{field:<15}{key[0]:<25}{key[1]:<6}{a:>12.2f} -> {b:>12.2f}  x{b / a if a else 0:.3f}")
+    return 0

@@ -1,0 +1,183 @@
+"""Firecracker with the same kernel, root disk and guest agent, in a network namespace of its own."""
+import contextlib
+import http.client
+import json
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+
+from wakebench import cache, guest_channel
+from wakebench.guests import first_byte
+
+TEMPLATE = pathlib.Path("/usr/share/torpor/templates/base")
+GUEST_ADDRESS, TAP_CIDR, GUEST_MAC = "172.31.0.2", "172.31.0.1/30", "06:00:ac:1f:00:02"
+
+
+def sh(command):
+    subprocess.run(command, shell=True, check=True, stdout=subprocess.DEVNULL)
+
+
+def api(path, method, route, body):
+    """One call of Firecracker's API socket."""
+    connection = http.client.HTTPConnection("firecracker", timeout=300)
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(path)
+    connection.request(method, route, json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    text = response.read()
+    connection.close()
+    if response.status >= 300:
+        raise RuntimeError(f"firecracker {route}: {response.status} {text!r}")
+
+
+class FirecrackerSide:
+    """One guest, paused to a snapshot and loaded again: by a fresh process, or one started before."""
+
+    def __init__(self, guest, binary, prestarted):
+        self.guest, self.binary, self.prestarted = guest, binary, prestarted
+        self.name = "firecracker-prestarted" if prestarted else "firecracker-fresh"
+        self.cycle, self.process, self.spare = 0, None, None
+        self.directory = pathlib.Path(tempfile.mkdtemp(prefix="fc-bench-", dir="/var/tmp"))
+        self.namespace = f"fcb{os.getpid() % 10000}{int(prestarted)}"
+        sh(f"ip netns add {self.namespace}")
+        sh(f"ip -n {self.namespace} tuntap add tap0 mode tap && ip -n {self.namespace} addr add {TAP_CIDR} dev tap0 && "
+           f"ip -n {self.namespace} link set tap0 up && ip -n {self.namespace} neigh replace {GUEST_ADDRESS} "
+           f"lladdr {GUEST_MAC} dev tap0 nud permanent")
+        sh(f"cp --sparse=always {TEMPLATE}/rootfs.ext4 {self.directory}/rootfs.ext4")
+        self._boot()
+
+    def _spawn(self):
+        socket_path = self.directory / f"api-{time.monotonic_ns()}.sock"
+        process = subprocess.Popen(["ip", "netns", "exec", self.namespace, self.binary, "--api-sock", socket_path,
+                                    "--log-path", "/dev/null"], cwd=self.directory,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not socket_path.exists():
+            time.sleep(0.0005)
+        return process, str(socket_path)
+
+    def _boot(self):
+        self.process, path = self._spawn()
+        vsock = self.directory / "v.sock"
+        args = "console=ttyS0 reboot=k panic=-1 pci=off quiet nowatchdog mitigations=off root=/dev/vda rw " \
+               "init=/usr/local/bin/torpor-guest"
+        api(path, "PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": self.guest.mem_mib,
+                                             "track_dirty_pages": True})
+        api(path, "PUT", "/boot-source", {"kernel_image_path": str(TEMPLATE / "vmlinux"), "boot_args": args})
+        api(path, "PUT", "/drives/root", {"drive_id": "root", "path_on_host": str(self.directory / "rootfs.ext4"),
+                                          "is_root_device": True, "is_read_only": False})
+        api(path, "PUT", "/network-interfaces/eth0", {"iface_id": "eth0", "host_dev_name": "tap0",
+                                                      "guest_mac": GUEST_MAC})
+        api(path, "PUT", "/vsock", {"guest_cid": 3, "uds_path": str(vsock)})
+        api(path, "PUT", "/actions", {"action_type": "InstanceStart"})
+        self.socket_path = path
+        if self.guest.prepare:
+            raise RuntimeError(f"this guest must be prepared over a network; Firecracker's has none: {self.guest}")
+        guest_channel.call(str(vsock), {"op": "exec", "argv": ["/bin/sh", "-c", self.guest.command],
+                                        "background": True})
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                return self.request()
+            except (OSError, RuntimeError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _socket(self):
+        """A TCP socket of the guest's namespace."""
+        made = []
+
+        def make():
+            with open(f"/run/netns/{self.namespace}") as namespace:
+                # CLONE_NEWNET; the thread ends with its namespace, ours is untouched.
+                if cache.LIBC.setns(namespace.fileno(), 0x40000000) == 0:
+                    made.append(socket.socket())
+        thread = threading.Thread(target=make)
+        thread.start()
+        thread.join()
+        return made[0]
+
+    def request(self):
+        made = self._socket()
+        return first_byte((GUEST_ADDRESS, self.guest.port), self.guest, time.monotonic, in_namespace=lambda: made)[0]
+
+    def pause(self):
+        """Pause and write a snapshot: full the first time, then diffs merged into it as its users do."""
+        kind = "Diff" if self.cycle else "Full"
+        memory = self.directory / ("diff.mem" if self.cycle else "full.mem")
+        memory.unlink(missing_ok=True)
+        start = time.monotonic()
+        api(self.socket_path, "PATCH", "/vm", {"state": "Paused"})
+        api(self.socket_path, "PUT", "/snapshot/create", {"snapshot_type": kind, "mem_file_path": str(memory),
+                                                          "snapshot_path": str(self.directory / "state")})
+        elapsed = (time.monotonic() - start) * 1e3
+        written = memory.stat().st_blocks * 512
+        self._end(self.process)
+        if self.cycle:
+            self._merge(memory)
+        if self.prestarted:
+            self.spare = self._spawn()
+        return {"kind": "pause", "system": self.name, "snapshot": kind, "cycle": self.cycle, "pause_ms": elapsed,
+                "freeze_ms": elapsed, "written_bytes": written}
+
+    def _merge(self, diff):
+        """Lay a sparse diff over the full memory file."""
+        with open(diff, "rb") as source, open(self.directory / "full.mem", "r+b") as target:
+            end, offset = diff.stat().st_size, 0
+            while offset < end:
+                try:
+                    data = os.lseek(source.fileno(), offset, os.SEEK_DATA)
+                except OSError:
+                    return
+                hole = os.lseek(source.fileno(), data, os.SEEK_HOLE)
+                source.seek(data)
+                target.seek(data)
+                shutil.copyfileobj(_Bounded(source, hole - data), target, 1 << 20)
+                offset = hole
+
+    def _end(self, process):
+        process.kill()
+        process.wait()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.directory / "v.sock")
+
+    def evict(self):
+        os.sync()
+        cache.evict([self.directory / "full.mem", self.directory / "state"])
+
+    def wake(self):
+        self.cycle += 1
+        client = self._socket()
+        start = time.monotonic()
+        self.process, self.socket_path = self.spare if self.prestarted else self._spawn()
+        api(self.socket_path, "PUT", "/snapshot/load", {
+            "snapshot_path": str(self.directory / "state"), "track_dirty_pages": True, "resume_vm": True,
+            "mem_backend": {"backend_type": "File", "backend_path": str(self.directory / "full.mem")}})
+        loaded = time.monotonic() - start
+        elapsed = loaded + first_byte((GUEST_ADDRESS, self.guest.port), self.guest, time.monotonic,
+                                      in_namespace=lambda: client)[0]
+        return {"kind": "wake", "system": self.name, "cycle": self.cycle, "wake_ms": elapsed * 1e3,
+                "stages_ms": {"load": loaded * 1e3}}
+
+    def close(self):
+        for process in {self.process, self.spare and self.spare[0]} - {None}:
+            self._end(process)
+        sh(f"ip netns del {self.namespace}")
+        shutil.rmtree(self.directory)
+
+
+class _Bounded:
+    """The next `left` bytes of a file."""
+
+    def __init__(self, file, left):
+        self.file, self.left = file, left
+
+    def read(self, size):
+        data = self.file.read(min(size, self.left))
+        self.left -= len(data)
+        return data

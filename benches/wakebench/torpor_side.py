@@ -1,0 +1,67 @@
+"""Torpor as the system under test: machines over the native API, requests through the proxy."""
+import pathlib
+import sys
+import time
+
+from wakebench import cache
+from wakebench.guests import first_byte
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "e2e"))
+import torpor  # noqa: E402  (the tests' client)
+
+
+def server_timing(answer):
+    """Stages of a Server-Timing header in milliseconds."""
+    stages = {}
+    for line in answer.split(b"\r\n\r\n")[0].decode(errors="replace").split("\r\n"):
+        name, _, value = line.partition(":")
+        if name.lower() == "server-timing":
+            for entry in value.split(","):
+                key, _, duration = entry.strip().partition(";dur=")
+                stages[key] = float(duration or 0)
+    return stages
+
+
+class TorporSide:
+    """One machine that is paused and woken again and again."""
+    name = "torpor"
+
+    def __init__(self, guest):
+        self.guest, self.cycle = guest, 0
+        kind = "http" if guest.answer.startswith(b"HTTP") else "tcp"
+        self.machine = torpor.Machine(mem_mib=guest.mem_mib, services=[{"port": guest.port, "kind": kind}])
+        if guest.prepare:
+            self.machine.sh(guest.prepare, timeout_ms=600_000)
+        self.machine.exec("sh", "-c", guest.command, background=True, timeout_ms=None)
+        self.address = ("127.0.0.1", self.machine.service(guest.port)["listen_port"])
+        torpor.wait_for(self._answers, "the guest's server answers", 300)
+
+    def _answers(self):
+        try:
+            return first_byte(self.address, self.guest, time.monotonic)
+        except (OSError, RuntimeError):
+            return None
+
+    def request(self):
+        return first_byte(self.address, self.guest, time.monotonic)[0]
+
+    def pause(self):
+        """Pause to durable; the sample says what it took and wrote."""
+        start = time.monotonic()
+        self.machine.pause()
+        elapsed = time.monotonic() - start
+        detail = self.machine.events("machine.paused")[-1]["detail"]
+        return {"kind": "pause", "system": self.name, "cycle": self.cycle, "pause_ms": elapsed * 1e3, **detail}
+
+    def evict(self):
+        cache.evict([self.machine.directory / "memory.img"])
+
+    def wake(self):
+        self.cycle += 1
+        elapsed, answer = first_byte(self.address, self.guest, time.monotonic)
+        woken = self.machine.events("machine.woken")[-1]["detail"]
+        return {"kind": "wake", "system": self.name, "cycle": self.cycle, "wake_ms": elapsed * 1e3,
+                "stages_ms": server_timing(answer), "detail": woken}
+
+    def close(self):
+        self.machine.delete()
