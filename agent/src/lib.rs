@@ -2,7 +2,7 @@
 //!
 //! * [`machine`] – the lifecycle: the pure transition table, one driver task per machine that is not asleep,
 //!   lease timers, recovery.
-//! * `store` – all SQL.
+//! * [`store`] – all SQL.
 //! * `api` – HTTP to machine, error to response.
 //! * [`execution`], [`vmm_client`], [`guest_client`], [`net`], [`images`] – the platform: VMM processes, guest
 //!   agents, network slots, files.
@@ -12,4 +12,5 @@ pub mod guest_client;
 pub mod images;
 pub mod machine;
 pub mod net;
+pub mod store;
 pub mod vmm_client;

@@ -1,0 +1,122 @@
+//! The way into a running machine, shut while it pauses.
+//!
+//! Owns which execution requests may use right now, and how many use it. Entering takes one short lock and
+//! no task switch, so a request to a running machine costs nothing of the lifecycle. The driver is the only one
+//! that opens and shuts; [`Gate::drain`] shuts in the same instant in which it finds nobody inside, so no
+//! request is caught in a freeze unless it outlasts the driver's patience.
+
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use torpor_proxy::Activity;
+
+use super::hypervisor::Execution;
+
+/// The gate of one machine.
+#[derive(Default)]
+pub struct Gate {
+    open: Mutex<Option<Arc<Epoch>>>,
+    activity: Arc<Activity>,
+    last_entered_unix_ms: AtomicU64,
+}
+
+/// One execution's time behind the gate.
+pub struct Epoch {
+    /// The execution.
+    pub execution: Arc<dyn Execution>,
+    /// Cancelled when the execution is over.
+    pub over: CancellationToken,
+    inside: AtomicUsize,
+    left: Notify,
+}
+
+impl Epoch {
+    /// The time of this execution, with nobody inside yet.
+    #[must_use]
+    pub fn of(execution: Arc<dyn Execution>) -> Arc<Self> {
+        Arc::new(Self {
+            execution,
+            over: CancellationToken::new(),
+            inside: AtomicUsize::new(0),
+            left: Notify::new(),
+        })
+    }
+}
+
+/// Somebody is inside, until this is dropped.
+pub struct Pass(Arc<Epoch>);
+
+impl Pass {
+    /// The execution that the holder may use.
+    #[must_use]
+    pub fn epoch(&self) -> &Arc<Epoch> {
+        &self.0
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        if self.0.inside.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.0.left.notify_waiters();
+        }
+    }
+}
+
+impl Gate {
+    /// Let requests in to this execution.
+    pub fn open(&self, epoch: &Arc<Epoch>) {
+        *self.lock() = Some(Arc::clone(epoch));
+    }
+
+    /// Let nobody in any more.
+    pub fn shut(&self) {
+        self.lock().take();
+    }
+
+    /// Go in, if the gate is open.
+    #[must_use]
+    pub fn enter(&self, now_unix_ms: u64) -> Option<Pass> {
+        let open = self.lock();
+        let epoch = open.as_ref()?;
+        epoch.inside.fetch_add(1, Ordering::AcqRel);
+        self.last_entered_unix_ms.fetch_max(now_unix_ms, Ordering::AcqRel);
+        Some(Pass(Arc::clone(epoch)))
+    }
+
+    /// Wait until nobody is inside, and shut in that instant.
+    pub async fn drain(&self) {
+        loop {
+            let epoch = {
+                let mut open = self.lock();
+                match open.as_ref() {
+                    Some(epoch) if epoch.inside.load(Ordering::Acquire) > 0 => Arc::clone(epoch),
+                    Some(_) | None => {
+                        open.take();
+                        return;
+                    }
+                }
+            };
+            let left = epoch.left.notified();
+            if epoch.inside.load(Ordering::Acquire) > 0 {
+                left.await;
+            }
+        }
+    }
+
+    /// Where payload bytes of this machine are counted.
+    #[must_use]
+    pub fn activity(&self) -> &Arc<Activity> {
+        &self.activity
+    }
+
+    /// Unix time in milliseconds at which somebody last went in; 0 if never.
+    #[must_use]
+    pub fn last_entered_unix_ms(&self) -> u64 {
+        self.last_entered_unix_ms.load(Ordering::Acquire)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<Epoch>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,79 @@
+CREATE TABLE machines (
+    seq              INTEGER PRIMARY KEY AUTOINCREMENT,
+    id               TEXT    NOT NULL UNIQUE,
+    name             TEXT    UNIQUE,
+    template         TEXT    NOT NULL,
+    template_digest  TEXT    NOT NULL,
+    vcpus            INTEGER NOT NULL,
+    mem_mib          INTEGER NOT NULL,
+    disk_mib         INTEGER NOT NULL,
+    state            TEXT    NOT NULL CHECK (state IN ('creating', 'running', 'paused', 'refused', 'stopped', 'deleting')),
+    generation       INTEGER NOT NULL DEFAULT 0,
+    execution_id     TEXT,
+    image_generation INTEGER NOT NULL DEFAULT 0,
+    lease_seconds    INTEGER,
+    lease_action     TEXT    CHECK (lease_action IN ('pause', 'destroy')),
+    lease_mode       TEXT    CHECK (lease_mode IN ('absolute', 'sliding')),
+    deadline_unix_ms INTEGER,
+    lease_check_unix_ms INTEGER,
+    wake_http        INTEGER NOT NULL,
+    wake_ssh         INTEGER NOT NULL,
+    wake_tcp         INTEGER NOT NULL,
+    wake_api         INTEGER NOT NULL,
+    metadata         TEXT    NOT NULL,
+    pauses           INTEGER NOT NULL DEFAULT 0,
+    wakes            INTEGER NOT NULL DEFAULT 0,
+    last_error       TEXT,
+    created_unix_ms  INTEGER NOT NULL,
+    last_used_unix_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX machines_state ON machines (state);
+CREATE INDEX machines_lease_check ON machines (lease_check_unix_ms) WHERE lease_check_unix_ms IS NOT NULL;
+
+CREATE TABLE aliases (
+    alias      TEXT PRIMARY KEY,
+    machine_id TEXT NOT NULL REFERENCES machines (id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX aliases_machine ON aliases (machine_id);
+
+CREATE TABLE executions (
+    id               TEXT PRIMARY KEY,
+    machine_id       TEXT    NOT NULL REFERENCES machines (id) ON DELETE CASCADE,
+    started_by       TEXT    NOT NULL,
+    started_unix_ms  INTEGER NOT NULL,
+    ended_unix_ms    INTEGER,
+    end_reason       TEXT
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX executions_machine ON executions (machine_id);
+
+CREATE TABLE services (
+    machine_id  TEXT    NOT NULL REFERENCES machines (id) ON DELETE CASCADE,
+    name        TEXT    NOT NULL,
+    port        INTEGER NOT NULL,
+    kind        TEXT    NOT NULL CHECK (kind IN ('http', 'tcp')),
+    listen_port INTEGER NOT NULL UNIQUE,
+    PRIMARY KEY (machine_id, name)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE events (
+    offset       INTEGER PRIMARY KEY AUTOINCREMENT,
+    at_unix_ms   INTEGER NOT NULL,
+    machine_id   TEXT    NOT NULL,
+    execution_id TEXT,
+    kind         TEXT    NOT NULL,
+    actor        TEXT    NOT NULL,
+    detail       TEXT    NOT NULL
+) STRICT;
+
+CREATE INDEX events_machine ON events (machine_id, offset);
+
+CREATE TABLE idempotency_keys (
+    key             TEXT PRIMARY KEY,
+    body_digest     TEXT    NOT NULL,
+    machine_id      TEXT    NOT NULL REFERENCES machines (id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX idempotency_keys_machine ON idempotency_keys (machine_id);
