@@ -7,10 +7,23 @@
 //! |---|---|
 //! | `waker` | the [`Waker`] trait and what passes through it |
 //! | `listen` | [`Proxy`]: listeners, bounds on connections, shutdown |
+//! | `route` | which target a request means |
+//! | `forward` | one client connection: `http` (with `upstream`, `headers`), `tcp`, and `tunnel` for upgrades |
+//! | `meter` | counting bytes and holding guards while bodies and streams pass |
+//! | `phase` | what a client connection is doing, and the time it may take |
+//! | `respond` | the one place that turns an error into a response |
+//!
+//! A request passes `listen` → `phase` → `forward::http` → `route` → [`Waker::connect`] → `forward::upstream`,
+//! and its answer comes back through `meter`. It is sent to a guest at most once.
 
 #![forbid(unsafe_code)]
 
+mod forward;
 mod listen;
+mod meter;
+mod phase;
+mod respond;
+mod route;
 mod waker;
 
 pub use listen::{ListenError, Proxy, ProxyConfig};

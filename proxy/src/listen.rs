@@ -3,16 +3,29 @@
 //! Every listener is one task that accepts, and every connection is one task. [`Proxy::hide`] ends the accepting
 //! task and lets connections under way finish. What happens on a connection is `forward`'s job.
 
-use crate::waker::Waker;
+use crate::forward::{Shared, serve_http, serve_tcp};
+use crate::respond;
+use crate::route::Route;
+use crate::waker::{WakeRefusal, Waker};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::net::{TcpListener, TcpSocket};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use torpor_api::ErrorCode;
 use torpor_api::http::ServiceKind;
+
+/// Clients that are being told at a time that there is no room.
+const MAX_OVERFLOW: usize = 256;
+const OVERFLOW_PATIENCE: Duration = Duration::from_secs(2);
+const MAX_OVERFLOW_READ_BYTES: u64 = 64 << 10;
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Bounds and addresses of a proxy.
 #[derive(Debug, Clone)]
@@ -60,12 +73,18 @@ pub struct Proxy {
     config: Arc<ProxyConfig>,
     waker: Arc<dyn Waker>,
     listeners: Mutex<HashMap<u16, Listener>>,
-    connections: TaskTracker,
+    tasks: TaskTracker,
 }
 
 struct Listener {
     closing: CancellationToken,
-    accepting: tokio::task::JoinHandle<()>,
+    accepting: JoinHandle<()>,
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.closing.cancel();
+    }
 }
 
 impl Proxy {
@@ -76,7 +95,7 @@ impl Proxy {
             config: Arc::new(config),
             waker,
             listeners: Mutex::default(),
-            connections: TaskTracker::new(),
+            tasks: TaskTracker::new(),
         }
     }
 
@@ -86,20 +105,10 @@ impl Proxy {
     /// # Errors
     /// The port is taken.
     pub fn expose(&self, listen_port: u16, kind: ServiceKind) -> Result<u16, ListenError> {
-        let listener = bind(SocketAddr::new(self.config.listen_ip, listen_port))?;
-        let _ = (listener, kind, &self.waker);
+        let (listener, address) = bind(SocketAddr::new(self.config.listen_ip, listen_port))?;
+        let listen_port = address.port();
+        self.listen(listener, listen_port, kind, Route::Service { listen_port });
         Ok(listen_port)
-    }
-
-    /// Stops listening on a port; answers whether it was exposed. The port is free when this returns.
-    /// Connections under way finish; idle keep-alive connections are closed.
-    pub async fn hide(&self, listen_port: u16) -> bool {
-        let listener = self.listeners.lock().unwrap_or_else(PoisonError::into_inner).remove(&listen_port);
-        let Some(listener) = listener else { return false };
-        listener.closing.cancel();
-        // A panic in the accepting task has closed the listener too.
-        let _ = listener.accepting.await;
-        true
     }
 
     /// Listens for HTTP whose `Host` is `<port>-<machine>.<domain>`; answers with the bound address.
@@ -108,24 +117,178 @@ impl Proxy {
     /// # Errors
     /// The address is taken.
     pub fn serve_host_names(&self, address: SocketAddr, domain: &str) -> Result<SocketAddr, ListenError> {
-        let _ = domain;
-        bind(address).map(|_| address)
+        let (listener, address) = bind(address)?;
+        let domain = domain.trim_matches('.').to_ascii_lowercase();
+        self.listen(
+            listener,
+            address.port(),
+            ServiceKind::Http,
+            Route::HostName { domain },
+        );
+        Ok(address)
+    }
+
+    /// Stops listening on a port; answers whether it was exposed. The port is free when this returns.
+    /// Connections under way finish; idle keep-alive connections are closed.
+    pub async fn hide(&self, listen_port: u16) -> bool {
+        let Some(listener) = self.listeners().remove(&listen_port) else {
+            return false;
+        };
+        listener.close().await;
+        true
     }
 
     /// Closes every listener and waits up to `grace` for the connections under way; answers how many were left.
     pub async fn shutdown(&self, grace: Duration) -> usize {
-        let _ = grace;
-        self.connections.len()
+        let listeners: Vec<Listener> = self.listeners().drain().map(|(_, listener)| listener).collect();
+        for listener in listeners {
+            listener.close().await;
+        }
+        self.tasks.close();
+        if tokio::time::timeout(grace, self.tasks.wait()).await.is_ok() {
+            return 0;
+        }
+        self.tasks.len()
+    }
+
+    fn listen(&self, listener: TcpListener, port: u16, kind: ServiceKind, route: Route) {
+        let closing = CancellationToken::new();
+        let acceptor = Acceptor {
+            shared: Arc::new(Shared {
+                waker: Arc::clone(&self.waker),
+                config: Arc::clone(&self.config),
+                route,
+                tasks: self.tasks.clone(),
+            }),
+            kind,
+            free: Arc::new(Semaphore::new(self.config.max_connections)),
+            overflow: Arc::new(Semaphore::new(MAX_OVERFLOW)),
+            closing: closing.clone(),
+        };
+        let accepting = tokio::spawn(acceptor.run(listener));
+        self.listeners().insert(port, Listener { closing, accepting });
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, HashMap<u16, Listener>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn bind(address: SocketAddr) -> Result<TcpListener, ListenError> {
+impl Listener {
+    async fn close(mut self) {
+        self.closing.cancel();
+        // A panic in the accepting task has closed the socket too.
+        let _ = (&mut self.accepting).await;
+    }
+}
+
+struct Acceptor {
+    shared: Arc<Shared>,
+    kind: ServiceKind,
+    free: Arc<Semaphore>,
+    overflow: Arc<Semaphore>,
+    closing: CancellationToken,
+}
+
+impl Acceptor {
+    async fn run(self, listener: TcpListener) {
+        loop {
+            let accepted = tokio::select! {
+                biased;
+                () = self.closing.cancelled() => return,
+                accepted = listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, client)) => self.take(stream, client),
+                Err(error) if is_connections_own(&error) => {}
+                Err(error) => {
+                    tracing::warn!(error = %error, "cannot accept a connection");
+                    // Out of descriptors or memory: accept would fail at once, again and again.
+                    tokio::select! {
+                        () = self.closing.cancelled() => return,
+                        () = tokio::time::sleep(ACCEPT_PAUSE) => {}
+                    }
+                }
+            }
+        }
+    }
+
+    fn take(&self, stream: TcpStream, client: SocketAddr) {
+        // A socket that refuses is closed already.
+        let _ = stream.set_nodelay(true);
+        let shared = Arc::clone(&self.shared);
+        let Ok(permit) = Arc::clone(&self.free).try_acquire_owned() else {
+            return self.turn_away(stream);
+        };
+        match self.kind {
+            ServiceKind::Http => {
+                let closing = self.closing.clone();
+                self.shared
+                    .tasks
+                    .spawn(serve_http(shared, stream, client, closing, Arc::new(permit)));
+            }
+            ServiceKind::Tcp => {
+                self.shared.tasks.spawn(async move {
+                    serve_tcp(shared, stream, client).await;
+                    drop(permit);
+                });
+            }
+        }
+    }
+
+    /// Tells a client that all connections are taken; when even telling is too much, the connection is reset.
+    fn turn_away(&self, stream: TcpStream) {
+        let telling = Arc::clone(&self.overflow).try_acquire_owned();
+        let (ServiceKind::Http, Ok(permit)) = (self.kind, telling) else {
+            // If it fails the close is an ordinary one.
+            let _ = stream.set_zero_linger();
+            return;
+        };
+        let message = format!(
+            "all {} connections of this listener are taken",
+            self.shared.config.max_connections
+        );
+        self.shared.tasks.spawn(async move {
+            let refusal = WakeRefusal::new(ErrorCode::CapacityExceeded, message);
+            // A client too slow to be told is cut off.
+            let _ = tokio::time::timeout(OVERFLOW_PATIENCE, tell(stream, &refusal)).await;
+            drop(permit);
+        });
+    }
+}
+
+/// Writes the refusal and reads what the client sends until it closes: a close with unread bytes would be a reset
+/// that takes the answer back.
+async fn tell(mut stream: TcpStream, refusal: &WakeRefusal) -> io::Result<()> {
+    stream.write_all(&respond::refusal_bytes(refusal)).await?;
+    stream.shutdown().await?;
+    let mut rest = (&mut stream).take(MAX_OVERFLOW_READ_BYTES);
+    tokio::io::copy(&mut rest, &mut tokio::io::sink())
+        .await
+        .map(|_| ())
+}
+
+/// Whether an error of `accept` is about the connection that was to be accepted, not about the listener.
+fn is_connections_own(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
+    )
+}
+
+fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ListenError> {
     let bind = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        let socket = if address.is_ipv4() {
+            TcpSocket::new_v4()?
+        } else {
+            TcpSocket::new_v6()?
+        };
         socket.set_reuseaddr(true)?;
         socket.bind(address)?;
         // The kernel caps it at net.core.somaxconn; a dropped SYN would cost the client a second.
-        socket.listen(4096)
+        let listener = socket.listen(4096)?;
+        let bound = listener.local_addr()?;
+        Ok((listener, bound))
     };
     bind().map_err(|source| ListenError::Bind { address, source })
 }

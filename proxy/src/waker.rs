@@ -79,7 +79,7 @@ pub struct WakeRequest {
     pub transport: Transport,
     /// The client's address.
     pub client: SocketAddr,
-    /// When the connection was accepted; for a later request on it, when the first byte of its head came.
+    /// When the first byte of the request's head came; for TCP, when the connection was accepted.
     pub accepted_at: Instant,
     /// Details for the events table.
     pub cause: Cause,
@@ -182,7 +182,11 @@ impl WakeRefusal {
     /// A refusal with the code's own advice.
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), retry_after: None }
+        Self {
+            code,
+            message: message.into(),
+            retry_after: None,
+        }
     }
 }
 

@@ -1,0 +1,338 @@
+//! HTTP/1.1: one client connection, its requests one after the other.
+//!
+//! The task of the connection runs hyper's server and gives up on a client that is overdue. For each request it
+//! asks the waker, sends the request to the guest at most once, and streams the answer back. One connection to a
+//! guest is kept between requests, for the same target and the same execution only. A client that disconnects
+//! drops the future of its request, and with it this waiter alone.
+
+use super::headers;
+use super::tunnel::join_upgraded;
+use super::upstream::{Link, MAX_HEADERS, SendError};
+use super::{Permit, Shared};
+use crate::meter::{RequestBody, ResponseBody};
+use crate::phase::{ClientSocket, Phase, UnderWay};
+use crate::respond;
+use crate::waker::{
+    Activity, Cause, Connected, FirstByteHook, Guard, Transport, Upstream, WakeRefusal, WakeRequest,
+    WakeTrace,
+};
+use http::{Method, Request, Response, StatusCode, Version};
+use hyper::body::{Body, Incoming};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use torpor_api::ErrorCode;
+
+/// hyper refuses smaller buffers.
+const LEAST_HEAD_BYTES: usize = 8192;
+
+/// Serves one accepted HTTP connection to its end; `closing` lets it finish the request under way.
+pub(crate) async fn serve_http(
+    shared: Arc<Shared>,
+    stream: TcpStream,
+    client: SocketAddr,
+    closing: CancellationToken,
+    permit: Permit,
+) {
+    let phase = Phase::accepted();
+    let connection = Arc::new(Connection {
+        shared: Arc::clone(&shared),
+        client,
+        phase: Arc::clone(&phase),
+        permit,
+        link: Mutex::default(),
+    });
+    let service = service_fn(move |request| {
+        let connection = Arc::clone(&connection);
+        async move { Ok::<_, Infallible>(connection.handle(request).await) }
+    });
+    let io = TokioIo::new(ClientSocket::new(stream, Arc::clone(&phase)));
+    let mut serving = pin!(
+        http1::Builder::new()
+            .preserve_header_case(true)
+            .auto_date_header(false)
+            .header_read_timeout(None)
+            .max_headers(MAX_HEADERS)
+            .max_buf_size(shared.config.max_head_bytes.max(LEAST_HEAD_BYTES))
+            .serve_connection(io, service)
+            .with_upgrades()
+    );
+    let mut overdue = pin!(phase.overdue(shared.config.head_timeout, shared.config.idle_timeout));
+    let mut closed = pin!(closing.cancelled());
+    let mut is_closing = false;
+    loop {
+        tokio::select! {
+            served = serving.as_mut() => {
+                if let Err(error) = served {
+                    tracing::debug!(%client, error = %error, "a client connection broke off");
+                }
+                return;
+            }
+            () = &mut overdue => return,
+            () = &mut closed, if !is_closing => {
+                is_closing = true;
+                serving.as_mut().graceful_shutdown();
+            }
+        }
+    }
+}
+
+struct Connection {
+    shared: Arc<Shared>,
+    client: SocketAddr,
+    phase: Arc<Phase>,
+    permit: Permit,
+    link: Mutex<Option<Link>>,
+}
+
+/// What the waker said about one request, without the way to the guest.
+struct Leave {
+    activity: Arc<Activity>,
+    over: CancellationToken,
+    guard: Option<Guard>,
+    trace: Option<WakeTrace>,
+    on_first_byte: Option<FirstByteHook>,
+    waited: Duration,
+}
+
+/// When things happened to one request.
+#[derive(Clone, Copy)]
+struct Clock {
+    accepted_at: Instant,
+    head_complete_at: Instant,
+}
+
+impl Connection {
+    async fn handle(&self, mut request: Request<Incoming>) -> Response<ResponseBody> {
+        let clock = Clock {
+            accepted_at: self.phase.request_began(),
+            head_complete_at: Instant::now(),
+        };
+        // Ends it as well if the client goes away and this future is dropped.
+        let under_way = UnderWay::on(&self.phase);
+        let on_upgrade = hyper::upgrade::on(&mut request);
+        let response = match self.exchange(request, on_upgrade, clock).await {
+            Ok(response) => response,
+            Err(refusal) => respond::refusal(&refusal),
+        };
+        response.map(|body| body.ends(under_way))
+    }
+
+    async fn exchange(
+        &self,
+        request: Request<Incoming>,
+        client_upgrade: OnUpgrade,
+        clock: Clock,
+    ) -> Result<Response<ResponseBody>, WakeRefusal> {
+        if request.method() == Method::CONNECT {
+            return Err(WakeRefusal::new(
+                ErrorCode::MethodNotAllowed,
+                "CONNECT is not for a reverse proxy",
+            ));
+        }
+        let target = self
+            .shared
+            .route
+            .target(&request)
+            .map_err(|unknown| WakeRefusal::new(ErrorCode::MachineNotFound, unknown.to_string()))?;
+        let asked = WakeRequest {
+            target,
+            transport: Transport::Http,
+            client: self.client,
+            accepted_at: clock.accepted_at,
+            cause: cause_of(&request),
+            held: None,
+        };
+        let (mut parts, incoming) = request.into_parts();
+        let wants_upgrade = headers::asks_for_upgrade(&parts);
+        headers::towards_guest(&mut parts, wants_upgrade);
+        let request = prepare(Request::from_parts(parts, RequestBody::new(incoming)));
+        let (response, link, leave) = self.send(asked, request).await?;
+        let client_upgrade = wants_upgrade.then_some(client_upgrade);
+        self.answer(response, link, leave, client_upgrade, clock)
+    }
+
+    /// Sends the request over the held link if the waker allows it, else over a new one. Only a request of which
+    /// nothing was sent over a held link gets a second try.
+    async fn send(
+        &self,
+        mut asked: WakeRequest,
+        mut request: Request<RequestBody>,
+    ) -> Result<(Response<Incoming>, Link, Leave), WakeRefusal> {
+        let mut held = self
+            .link()
+            .take()
+            .filter(|link| link.target == asked.target && !link.is_closed());
+        let broken = request.body().broken();
+        let mut trace = None;
+        let mut on_first_byte = None;
+        loop {
+            asked.held = held.as_ref().map(|link| link.execution.clone());
+            let connected = self.shared.waker.connect(asked.clone()).await?;
+            let was_held = matches!(connected.upstream, Upstream::Held);
+            let (link, mut leave) = self.link_for(connected, held.take(), &asked).await?;
+            leave.trace = leave.trace.or(trace.take());
+            leave.on_first_byte = leave.on_first_byte.or(on_first_byte.take());
+            let mut link = link;
+            request.body_mut().count_in(Arc::clone(&leave.activity));
+            match link.send(request).await {
+                Ok(response) => return Ok((response, link, leave)),
+                Err(SendError::Unsent(unsent)) if was_held => {
+                    request = *unsent;
+                    (trace, on_first_byte) = (leave.trace, leave.on_first_byte);
+                }
+                Err(SendError::Unsent(_)) => {
+                    return Err(upstream_closed("before it took the request"));
+                }
+                Err(SendError::Sent(_)) if broken.load(Ordering::Acquire) => {
+                    let message = "the request's body broke off or is not well-formed";
+                    return Err(WakeRefusal::new(ErrorCode::InvalidRequest, message));
+                }
+                Err(SendError::Sent(error)) => return Err(no_answer(&error)),
+            }
+        }
+    }
+
+    async fn link_for(
+        &self,
+        connected: Connected,
+        held: Option<Link>,
+        asked: &WakeRequest,
+    ) -> Result<(Link, Leave), WakeRefusal> {
+        let Connected {
+            upstream,
+            execution,
+            over,
+            activity,
+            guard,
+            trace,
+            on_first_byte,
+        } = connected;
+        let waited = asked.accepted_at.elapsed();
+        let leave = Leave {
+            activity,
+            over: over.clone(),
+            guard,
+            trace,
+            on_first_byte,
+            waited,
+        };
+        let link = match (upstream, held) {
+            (Upstream::Fresh(stream), _) => {
+                Link::open(stream, asked.target.clone(), execution, over, &self.shared.tasks)
+                    .await
+                    .map_err(|_| upstream_closed("before it took the request"))?
+            }
+            (Upstream::Held, Some(link)) if link.execution == execution => link,
+            (Upstream::Held, _) => {
+                let message = format!("no connection to execution {execution} is held");
+                return Err(WakeRefusal::new(ErrorCode::Internal, message));
+            }
+        };
+        Ok((link, leave))
+    }
+
+    fn answer(
+        &self,
+        mut response: Response<Incoming>,
+        link: Link,
+        leave: Leave,
+        client_upgrade: Option<OnUpgrade>,
+        clock: Clock,
+    ) -> Result<Response<ResponseBody>, WakeRefusal> {
+        let Leave {
+            activity,
+            over,
+            guard,
+            trace,
+            on_first_byte,
+            waited,
+        } = leave;
+        if let Some(hook) = on_first_byte {
+            hook(clock.accepted_at.elapsed());
+        }
+        let guest_upgrade =
+            (response.status() == StatusCode::SWITCHING_PROTOCOLS).then(|| hyper::upgrade::on(&mut response));
+        let (mut parts, incoming) = response.into_parts();
+        // A proxy speaks its own version; hyper goes down to 1.0 for a client that does.
+        parts.version = Version::HTTP_11;
+        if let Some(trace) = trace {
+            let accept = clock.head_complete_at.duration_since(clock.accepted_at);
+            headers::add_server_timing(&mut parts.headers, waited, accept, &trace);
+        }
+        let body = match (guest_upgrade, client_upgrade) {
+            (Some(guest), Some(client)) => {
+                let permit = Arc::clone(&self.permit);
+                self.shared.tasks.spawn(async move {
+                    join_upgraded(client, guest, activity, over, guard).await;
+                    drop(permit);
+                });
+                ResponseBody::own(bytes::Bytes::new())
+            }
+            (Some(_), None) => return Err(upstream_closed("after it switched protocols unasked")),
+            (None, _) => {
+                headers::towards_client(&mut parts.headers);
+                *self.link() = Some(link);
+                ResponseBody::guest(incoming, activity, over, guard)
+            }
+        };
+        Ok(Response::from_parts(parts, body))
+    }
+
+    fn link(&self) -> MutexGuard<'_, Option<Link>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets an `Expect: 100-continue` go end to end: the client is told to go on when the guest says so.
+fn prepare(mut request: Request<RequestBody>) -> Request<RequestBody> {
+    if headers::expects_continue(request.headers()) && !request.body().is_end_stream() {
+        let go_on = Arc::new(Notify::new());
+        request.body_mut().wait_for(Arc::clone(&go_on));
+        hyper::ext::on_informational(&mut request, move |response| {
+            if response.status() == StatusCode::CONTINUE {
+                go_on.notify_one();
+            }
+        });
+    }
+    request
+}
+
+fn cause_of(request: &Request<Incoming>) -> Cause {
+    let cut = |text: &str| {
+        let end = text.floor_char_boundary(Cause::MAX_TEXT_BYTES);
+        text.get(..end).unwrap_or_default().to_owned()
+    };
+    let agent = request.headers().get(http::header::USER_AGENT);
+    Cause {
+        method: Some(cut(request.method().as_str())),
+        path: Some(cut(request.uri().path())),
+        user_agent: agent.map(|agent| cut(&String::from_utf8_lossy(agent.as_bytes()))),
+    }
+}
+
+fn upstream_closed(when: &str) -> WakeRefusal {
+    WakeRefusal::new(
+        ErrorCode::UpstreamClosed,
+        format!("the guest closed the connection {when}"),
+    )
+}
+
+fn no_answer(error: &hyper::Error) -> WakeRefusal {
+    if error.is_parse() {
+        let message = format!("the guest's answer is not HTTP: {error}");
+        return WakeRefusal::new(ErrorCode::UpstreamClosed, message);
+    }
+    upstream_closed("before it answered")
+}
