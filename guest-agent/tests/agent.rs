@@ -1,0 +1,14 @@
+//! The agent as the host sees it: the real binary, driven over a unix socket.
+
+#[path = "agent/client.rs"]
+mod client;
+#[path = "agent/exec.rs"]
+mod exec;
+#[path = "agent/files.rs"]
+mod files;
+#[path = "agent/hostile.rs"]
+mod hostile;
+#[path = "agent/machine.rs"]
+mod machine;
+#[path = "agent/terminal.rs"]
+mod terminal;
