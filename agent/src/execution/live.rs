@@ -1,0 +1,422 @@
+//! One live execution: a VMM process that runs a machine, and everything that is done to it.
+//!
+//! One task per execution reads the VMM's events; it ends with the VMM and then says so in
+//! [`Execution::exited`]. A VMM whose connection broke is ended, because one that can't be controlled must not
+//! keep a disk that another may be given. Every persist has an attempt number; a run raises it, so a persist that
+//! was overtaken can never put a manifest in place.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use async_trait::async_trait;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use torpor_api::guest::{ExecSpec, GuestErrorCode};
+use torpor_api::http::{ExecRequest, ExecResult};
+use torpor_api::vmm::{Event, ExitReason, PersistStats, VmmError, VmmErrorCode, VmmState};
+use torpor_api::{ErrorCode, ExecutionId};
+
+use super::process::Process;
+use super::record::{MachineRecord, RunDir};
+use super::{blocking, images_error};
+use crate::guest_client::exec::ExecOutput;
+use crate::guest_client::{GuestClient, GuestClientError};
+use crate::images::manifest::{FORMAT, Manifest};
+use crate::images::{MachineFiles, header};
+use crate::machine::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus};
+use crate::net::SlotLease;
+use crate::vmm_client::{VmmClient, VmmClientError, VmmEvents};
+
+/// Longest wait for the guest's file systems to come to rest before a freeze.
+const QUIESCE_LIMIT: Duration = Duration::from_secs(2);
+/// How long a VMM that was told to end, or lost its connection, may take before it is killed.
+const END_GRACE: Duration = Duration::from_secs(2);
+/// Time limit of an exec that names none, in milliseconds.
+const DEFAULT_EXEC_TIMEOUT_MS: u64 = 30_000;
+
+/// Where the current attempt to persist stands.
+#[derive(Debug, Clone, Default)]
+struct Attempt {
+    number: u64,
+    generation: u64,
+    outcome: Option<Result<PersistStats, VmmError>>,
+}
+
+/// A VMM that runs a machine.
+pub(super) struct VmmExecution {
+    record: MachineRecord,
+    dir: RunDir,
+    process: Process,
+    client: VmmClient,
+    guest: GuestClient,
+    files: MachineFiles,
+    slot: Mutex<Option<Arc<SlotLease>>>,
+    exited: watch::Sender<Option<ExitReason>>,
+    attempt: watch::Sender<Attempt>,
+}
+
+impl VmmExecution {
+    pub(super) fn start(
+        record: MachineRecord,
+        dir: RunDir,
+        process: Process,
+        client: VmmClient,
+        files: MachineFiles,
+        slot: Option<SlotLease>,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            guest: GuestClient::new(&dir.vsock_socket()),
+            record,
+            dir,
+            process,
+            client,
+            files,
+            slot: Mutex::new(slot.map(Arc::new)),
+            exited: watch::Sender::new(None),
+            attempt: watch::Sender::default(),
+        })
+    }
+
+    /// Follow the VMM until it is gone.
+    pub(super) fn watch(self: &Arc<Self>, mut events: VmmEvents) {
+        let execution = self.clone();
+        tokio::spawn(async move {
+            let mut reason = None;
+            while let Some(event) = events.next().await {
+                match event {
+                    Event::PersistDone { stats } => execution.persist_ended(Ok(stats)),
+                    Event::PersistFailed { error } => execution.persist_ended(Err(error)),
+                    Event::Exited { reason: how } => reason = Some(how),
+                }
+            }
+            execution.gone(reason).await;
+        });
+    }
+
+    pub(super) fn client(&self) -> &VmmClient {
+        &self.client
+    }
+
+    pub(super) fn guest(&self) -> &GuestClient {
+        &self.guest
+    }
+
+    fn persist_ended(&self, outcome: Result<PersistStats, VmmError>) {
+        self.attempt.send_if_modified(|attempt| {
+            let is_current = match &outcome {
+                Ok(stats) => stats.generation == attempt.generation,
+                // A persist that a run ended; the run has said so itself.
+                Err(error) => error.code != VmmErrorCode::Cancelled,
+            };
+            if is_current {
+                attempt.outcome = Some(outcome);
+            }
+            is_current
+        });
+    }
+
+    async fn gone(&self, reason: Option<ExitReason>) {
+        self.end_process().await;
+        let reason = reason.unwrap_or_else(|| ExitReason::Failed {
+            message: format!(
+                "VMM ended without a word (its log ends: {:?})",
+                self.dir.log_tail()
+            ),
+        });
+        tracing::info!(execution_id = %self.record.execution_id, machine_id = %self.record.machine_id, ?reason,
+            "VMM is gone");
+        self.persist_ended(Err(VmmError {
+            code: VmmErrorCode::Io,
+            message: "the VMM is gone".to_owned(),
+        }));
+        self.exited.send_replace(Some(reason));
+    }
+
+    /// Wait for the process, and help it along if it takes too long.
+    async fn end_process(&self) {
+        if tokio::time::timeout(END_GRACE, self.process.ended())
+            .await
+            .is_err()
+        {
+            tracing::warn!(execution_id = %self.record.execution_id, "VMM did not end by itself, killing it");
+            self.process.kill();
+            self.process.ended().await;
+        }
+    }
+
+    /// Begin an attempt; whatever was under way is overtaken.
+    fn next_attempt(&self, generation: u64) -> u64 {
+        let mut number = 0;
+        self.attempt.send_modify(|attempt| {
+            number = attempt.number + 1;
+            *attempt = Attempt {
+                number,
+                generation,
+                outcome: None,
+            };
+        });
+        number
+    }
+
+    async fn persist_attempt(&self, number: u64, generation: u64) -> Result<PersistStats, HypervisorError> {
+        let files = self.files.clone();
+        let image = blocking(ErrorCode::PauseFailed, move || {
+            let image = files.open_image_for_persist();
+            image.map_err(images_error(
+                ErrorCode::PauseFailed,
+                "cannot open the memory image",
+            ))
+        });
+        let image = image.await?;
+        let begun = self.client.persist(generation, &image).await;
+        begun.map_err(|error| vmm_failed(ErrorCode::PauseFailed, "VMM cannot persist", error))?;
+        let mut attempts = self.attempt.subscribe();
+        let ended = attempts.wait_for(|attempt| attempt.number != number || attempt.outcome.is_some());
+        // The sender lives in self.
+        let outcome = ended.await.ok().filter(|attempt| attempt.number == number);
+        match outcome.and_then(|attempt| attempt.outcome.clone()) {
+            Some(Ok(stats)) => {
+                self.write_manifest(number, stats).await?;
+                Ok(stats)
+            }
+            Some(Err(error)) => {
+                let code = match error.code {
+                    VmmErrorCode::DiskFull => ErrorCode::DiskFull,
+                    _ => ErrorCode::PauseFailed,
+                };
+                Err(HypervisorError::new(code, "the image could not be written").because(error))
+            }
+            None => Err(HypervisorError::new(
+                ErrorCode::PauseFailed,
+                "a run overtook the persist",
+            )),
+        }
+    }
+
+    async fn write_manifest(&self, number: u64, stats: PersistStats) -> Result<(), HypervisorError> {
+        let (files, record, attempt) = (self.files.clone(), self.record.clone(), self.attempt.subscribe());
+        blocking(ErrorCode::PauseFailed, move || {
+            // A run may have overtaken this while it waited for its thread.
+            if attempt.borrow().number != number {
+                return Err(HypervisorError::new(
+                    ErrorCode::PauseFailed,
+                    "a run overtook the persist",
+                ));
+            }
+            put_manifest(&files, &record, stats)
+        })
+        .await
+    }
+
+    fn slot(&self) -> Option<Arc<SlotLease>> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Make the image that `stats` tells of the one to wake from.
+pub(super) fn put_manifest(
+    files: &MachineFiles,
+    record: &MachineRecord,
+    stats: PersistStats,
+) -> Result<(), HypervisorError> {
+    let failed = |message: &str| HypervisorError::new(ErrorCode::PauseFailed, message);
+    let header = header::read(&files.image_path())
+        .map_err(|error| failed("cannot read back the image's header").because(error))?;
+    let found = (header.valid, header.generation, header.disk_generation);
+    if found != (true, stats.generation, stats.disk_generation) {
+        return Err(failed(&format!(
+            "image has {found:?} in its header, VMM reported {stats:?}"
+        )));
+    }
+    let written = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let manifest = Manifest {
+        format: FORMAT,
+        machine_id: record.machine_id.clone(),
+        generation: stats.generation,
+        disk_generation: stats.disk_generation,
+        shape: record.shape,
+        template: record.template.clone(),
+        template_digest: record.template_digest.clone(),
+        written_unix_ms: written.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+        host_signature: header.host_signature,
+    };
+    let put = files.write_manifest(&manifest);
+    put.map_err(images_error(
+        ErrorCode::PauseFailed,
+        "cannot put the manifest in place",
+    ))
+}
+
+fn vmm_failed(code: ErrorCode, message: &str, error: VmmClientError) -> HypervisorError {
+    let code = match &error {
+        VmmClientError::Refused { source, .. } if source.code == VmmErrorCode::DiskFull => {
+            ErrorCode::DiskFull
+        }
+        _ => code,
+    };
+    HypervisorError::new(code, message).because(error)
+}
+
+fn guest_failed(error: GuestClientError) -> HypervisorError {
+    let code = match &error {
+        GuestClientError::Refused { source } => match source.code {
+            GuestErrorCode::ExecFailed | GuestErrorCode::NotFound | GuestErrorCode::BadRequest => {
+                ErrorCode::ExecFailed
+            }
+            GuestErrorCode::Os => ErrorCode::GuestUnreachable,
+        },
+        _ => ErrorCode::GuestUnreachable,
+    };
+    let message = match code {
+        ErrorCode::ExecFailed => "cannot run the command",
+        _ => "cannot reach the guest agent",
+    };
+    HypervisorError::new(code, message).because(error)
+}
+
+fn exec_spec(request: ExecRequest) -> ExecSpec {
+    let argv = match request.shell {
+        Some(line) => vec!["/bin/sh".to_owned(), "-c".to_owned(), line],
+        None => request.argv,
+    };
+    let default_ms = (!request.background).then_some(DEFAULT_EXEC_TIMEOUT_MS);
+    ExecSpec {
+        argv,
+        env: request.env,
+        cwd: request.cwd,
+        user: request.user,
+        stdin: false,
+        tty: None,
+        timeout_ms: request.timeout_ms.or(default_ms),
+        background: request.background,
+    }
+}
+
+fn exec_result(output: ExecOutput) -> Result<ExecResult, HypervisorError> {
+    if output.timed_out {
+        let message = format!("process {} ran out of time and was killed", output.pid);
+        return Err(HypervisorError::new(ErrorCode::ExecTimeout, message));
+    }
+    Ok(ExecResult {
+        pid: output.pid,
+        exit_code: output.code,
+        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        truncated: output.truncated,
+    })
+}
+
+#[async_trait]
+impl Execution for VmmExecution {
+    fn id(&self) -> &ExecutionId {
+        &self.record.execution_id
+    }
+
+    async fn freeze(&self) -> Result<FreezeTrace, HypervisorError> {
+        let begun = Instant::now();
+        if let Err(error) = self.guest.quiesce(QUIESCE_LIMIT).await {
+            let error = super::chain(&error);
+            tracing::warn!(execution_id = %self.record.execution_id, error, "freezing without a flush in the guest");
+        }
+        let quiesce_us = u64::try_from(begun.elapsed().as_micros()).unwrap_or(u64::MAX);
+        let frozen = self.client.freeze().await;
+        let freeze_us =
+            frozen.map_err(|error| vmm_failed(ErrorCode::PauseFailed, "VMM cannot freeze", error))?;
+        Ok(FreezeTrace {
+            quiesce_us,
+            freeze_us,
+        })
+    }
+
+    async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError> {
+        let number = self.next_attempt(generation);
+        let persisted = self.persist_attempt(number, generation).await;
+        if persisted.is_err() && self.attempt.borrow().number == number {
+            // Unless the VMM has done so already, and whatever of ours failed after it.
+            if let Err(error) = self.client.run().await {
+                tracing::debug!(
+                    error = super::chain(&error),
+                    "guest was not frozen after a failed persist"
+                );
+            }
+        }
+        persisted
+    }
+
+    async fn run(&self) -> Result<Ran, HypervisorError> {
+        self.next_attempt(0);
+        let failed = |error| vmm_failed(ErrorCode::ResumeFailed, "VMM cannot run the guest again", error);
+        match self.client.run().await {
+            Ok(report) => Ok(Ran {
+                persist_cancelled: report.persist_cancelled,
+                run_us: report.run_us,
+            }),
+            Err(error @ VmmClientError::Refused { .. }) => {
+                let status = self.client.status().await.map_err(failed)?;
+                if status.state == VmmState::Running {
+                    Ok(Ran::default())
+                } else {
+                    Err(failed(error))
+                }
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    async fn quit(&self) {
+        let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match tokio::time::timeout(END_GRACE, self.client.quit()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = super::chain(&error), "VMM refuses to quit"),
+            Err(_) => tracing::warn!(execution_id = %self.record.execution_id, "VMM does not answer a quit"),
+        }
+        self.end_process().await;
+        if let Some(slot) = slot {
+            slot.release();
+        }
+        let dir = self.dir.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || dir.remove()).await {
+            tracing::warn!(%error, "run directory not removed");
+        }
+    }
+
+    fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
+        self.exited.subscribe()
+    }
+
+    async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError> {
+        match self.slot() {
+            Some(slot) => slot.connect(port).await,
+            None => Err(ConnectError::Unreachable {
+                port,
+                message: "the execution has no network slot".to_owned(),
+            }),
+        }
+    }
+
+    async fn exec(&self, mut request: ExecRequest) -> Result<ExecResult, HypervisorError> {
+        let stdin = request.stdin.take().map(bytes::Bytes::from);
+        let output = self.guest.exec(exec_spec(request), stdin).await;
+        exec_result(output.map_err(guest_failed)?)
+    }
+
+    fn first_byte(&self) {
+        let client = self.client.clone();
+        tokio::spawn(async move {
+            if let Err(error) = client.first_byte().await {
+                tracing::debug!(error = super::chain(&error), "VMM was not told of the first byte");
+            }
+        });
+    }
+
+    async fn status(&self) -> Result<VmmStatus, HypervisorError> {
+        let status = self.client.status().await;
+        let status =
+            status.map_err(|error| vmm_failed(ErrorCode::Internal, "VMM does not tell its status", error))?;
+        Ok(VmmStatus {
+            state: status.state,
+            persisted: status.persisted,
+            counters: status.counters,
+        })
+    }
+}

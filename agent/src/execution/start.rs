@@ -1,0 +1,419 @@
+//! From a machine's files to a live execution: boot and restore.
+//!
+//! What a start takes is held by values whose drop gives it back, so a start that fails or is dropped at any
+//! await leaves no process, slot or directory. The record in the run directory is in place before the guest
+//! can run. A restore waits for nothing one after the other that can be waited for together: VMM, slot and files
+//! first, then the VMM's reply and the guest's acknowledgement.
+
+use std::os::fd::OwnedFd;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Instant;
+
+use torpor_api::vmm::{ExitReason, FdRole, Request, RestoreTrace, Shape, VmmErrorCode};
+use torpor_api::{ErrorCode, ExecutionId};
+
+use super::blank::{BlankVmm, Starting};
+use super::live::VmmExecution;
+use super::record::MachineRecord;
+use super::{Platform, blocking, images_error};
+use crate::guest_client::{GuestClient, GuestClientError, Resynced};
+use crate::images::MachineFiles;
+use crate::images::manifest::Manifest;
+use crate::images::template::Template;
+use crate::machine::hypervisor::{Execution, HypervisorError, MachineSpec, WakeStages};
+use crate::net::{NetError, SlotLease};
+use crate::vmm_client::VmmClientError;
+
+/// Every kernel command line begins with this.
+const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 root=/dev/vda rw init=/usr/local/bin/torpor-guest quiet \
+                       nowatchdog mitigations=off";
+
+/// Descriptors of a machine's files that every start passes on.
+struct OpenFiles {
+    base: OwnedFd,
+    overlay: OwnedFd,
+    disk_generation: OwnedFd,
+    console: OwnedFd,
+}
+
+impl OpenFiles {
+    fn open(files: &MachineFiles, template: &Template, code: ErrorCode) -> Result<Self, HypervisorError> {
+        let failed = |operation: &str| images_error(code, operation.to_owned());
+        Ok(Self {
+            base: template
+                .open_rootfs()
+                .map_err(|error| HypervisorError::new(code, "cannot open the template").because(error))?,
+            overlay: files.open_overlay().map_err(failed("cannot open the disk"))?,
+            disk_generation: files
+                .open_disk_generation()
+                .map_err(failed("cannot open the disk's generation"))?,
+            console: files
+                .open_console()
+                .map_err(failed("cannot open the console log"))?,
+        })
+    }
+}
+
+/// VMM and slot of a start, not yet the machine's.
+struct Taken {
+    blank: BlankVmm,
+    slot: SlotLease,
+    _starting: Starting,
+}
+
+/// An execution that is not yet known to work; dropping it ends it.
+struct Unconfirmed(Option<Arc<VmmExecution>>);
+
+impl Drop for Unconfirmed {
+    fn drop(&mut self) {
+        if let Some(execution) = self.0.take() {
+            tokio::spawn(async move { execution.quit().await });
+        }
+    }
+}
+
+impl Platform {
+    pub(super) async fn boot_machine(
+        &self,
+        machine: &MachineSpec,
+        execution: &ExecutionId,
+    ) -> Result<Arc<dyn Execution>, HypervisorError> {
+        let deadline = tokio::time::Instant::now() + self.config.boot_timeout;
+        let template = self.template_of(machine, ErrorCode::BootFailed).await?;
+        let taken = self.take(shape_of(machine)).await?;
+        let files = self.images.machine(&machine.id);
+        let cmdline = format!("{CMDLINE} {}", template.cmdline_extra)
+            .trim_end()
+            .to_owned();
+        let disk_mib = machine.disk_mib;
+        let opened = blocking(ErrorCode::BootFailed, move || {
+            open_for_boot(&files, &template, disk_mib)
+        });
+        let (open, kernel) = opened.await?;
+        let (live, tap, vsock) = self.name(taken, machine, execution, ErrorCode::BootFailed)?;
+        let fds = [
+            (FdRole::Kernel, &kernel),
+            (FdRole::DiskBase, &open.base),
+            (FdRole::DiskOverlay, &open.overlay),
+            (FdRole::DiskGeneration, &open.disk_generation),
+            (FdRole::Tap, &tap),
+            (FdRole::VsockListener, &vsock),
+            (FdRole::Console, &open.console),
+        ];
+        let booted = live
+            .get()
+            .client()
+            .boot(cmdline, self.config.console_limit_bytes, &fds);
+        booted.await.map_err(|error| {
+            let message = format!("VMM cannot boot {}", machine.id);
+            HypervisorError::new(ErrorCode::BootFailed, message).because(error)
+        })?;
+        // The VMM has its own; ours would keep the tap and the listener alive after it.
+        drop((open, kernel, tap, vsock));
+        await_guest(live.get(), deadline).await?;
+        Ok(live.confirm())
+    }
+
+    pub(super) async fn restore_machine(
+        &self,
+        machine: &MachineSpec,
+        execution: &ExecutionId,
+        generation: u64,
+    ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError> {
+        let begun = Instant::now();
+        let files = self.images.machine(&machine.id);
+        let prepare = async {
+            let template = self.template_of(machine, ErrorCode::ImageIncompatible).await?;
+            let spec = machine.clone();
+            blocking(ErrorCode::ResumeFailed, move || {
+                open_for_restore(&files, &template, &spec, generation)
+            })
+            .await
+        };
+        let (taken, (open, image, manifest)) = tokio::try_join!(self.take(shape_of(machine)), prepare)?;
+        let (live, tap, vsock) = self.name(taken, machine, execution, ErrorCode::ResumeFailed)?;
+        let vmm_ready_us = micros(begun);
+
+        let request = Request::Restore {
+            console_limit: self.config.console_limit_bytes,
+            generation: manifest.generation,
+            disk_generation: manifest.disk_generation,
+            fork: false,
+        };
+        let fds = [
+            (FdRole::Image, &image),
+            (FdRole::DiskBase, &open.base),
+            (FdRole::DiskOverlay, &open.overlay),
+            (FdRole::DiskGeneration, &open.disk_generation),
+            (FdRole::Tap, &tap),
+            (FdRole::VsockListener, &vsock),
+            (FdRole::Console, &open.console),
+        ];
+        let restored = async {
+            let trace = live.get().client().restore(request, &fds).await?;
+            Ok((trace, micros(begun)))
+        };
+        let outcome = restore_and_resync(restored, live.get().guest()).await;
+        let (vmm, restored_us) = outcome.map_err(|error| restore_error(machine, error))?;
+        let stages = WakeStages {
+            vmm_ready_us,
+            restored_us,
+            resynced_us: micros(begun),
+            vmm,
+        };
+        Ok((live.confirm(), stages))
+    }
+
+    /// The machine's template, which must be what it was when the machine was made.
+    async fn template_of(
+        &self,
+        machine: &MachineSpec,
+        changed: ErrorCode,
+    ) -> Result<Template, HypervisorError> {
+        let (templates, name) = (self.templates.clone(), machine.template.clone());
+        let found = blocking(ErrorCode::Internal, move || {
+            templates.find(&name).map_err(|error| {
+                HypervisorError::new(
+                    ErrorCode::TemplateNotFound,
+                    format!("template {name} is unusable"),
+                )
+                .because(error)
+            })
+        });
+        let missing = || {
+            let message = format!("there is no template {:?}", machine.template);
+            HypervisorError::new(ErrorCode::TemplateNotFound, message)
+        };
+        let template = found.await?.ok_or_else(missing)?;
+        if template.info.digest == machine.template_digest {
+            return Ok(template);
+        }
+        let message = format!(
+            "template {} has digest {}, machine {} was made from {}",
+            machine.template, template.info.digest, machine.id, machine.template_digest
+        );
+        Err(HypervisorError::new(changed, message))
+    }
+
+    async fn take(&self, shape: Shape) -> Result<Taken, HypervisorError> {
+        let slot = async {
+            self.slots.acquire().await.map_err(|error| {
+                let code = match error {
+                    NetError::Exhausted { .. } => ErrorCode::CapacityExceeded,
+                    _ => ErrorCode::Internal,
+                };
+                HypervisorError::new(code, "no network slot").because(error)
+            })
+        };
+        let ((blank, starting), slot) = tokio::try_join!(self.blanks.take(shape), slot)?;
+        Ok(Taken {
+            blank,
+            slot,
+            _starting: starting,
+        })
+    }
+
+    /// Make VMM and slot the machine's: from here on a restarted torpord finds it.
+    fn name(
+        &self,
+        taken: Taken,
+        machine: &MachineSpec,
+        execution: &ExecutionId,
+        code: ErrorCode,
+    ) -> Result<(Live, OwnedFd, OwnedFd), HypervisorError> {
+        let Taken {
+            mut blank,
+            mut slot,
+            _starting: starting,
+        } = taken;
+        let record = MachineRecord {
+            machine_id: machine.id.clone(),
+            execution_id: execution.clone(),
+            shape: shape_of(machine),
+            template: machine.template.clone(),
+            template_digest: machine.template_digest.clone(),
+            slot: slot.number(),
+        };
+        let claimed = blank.claim(record.clone());
+        claimed.map_err(|error| HypervisorError::new(code, "cannot record the execution").because(error))?;
+        let lost = || HypervisorError::new(code, "VMM or slot was taken apart before its time");
+        let tap = slot.take_tap().ok_or_else(lost)?;
+        let parts = blank.into_parts().ok_or_else(lost)?;
+        slot.keep();
+        let files = self.images.machine(&machine.id);
+        let execution =
+            VmmExecution::start(record, parts.dir, parts.process, parts.client, files, Some(slot));
+        execution.watch(parts.events);
+        let live = Live {
+            unconfirmed: Unconfirmed(Some(execution.clone())),
+            execution,
+            _starting: starting,
+        };
+        Ok((live, tap, parts.vsock_listener))
+    }
+}
+
+/// An execution between its record and its first answer.
+struct Live {
+    execution: Arc<VmmExecution>,
+    unconfirmed: Unconfirmed,
+    _starting: Starting,
+}
+
+impl Live {
+    fn get(&self) -> &VmmExecution {
+        &self.execution
+    }
+
+    fn confirm(mut self) -> Arc<dyn Execution> {
+        self.unconfirmed.0 = None;
+        self.execution
+    }
+}
+
+fn shape_of(machine: &MachineSpec) -> Shape {
+    Shape {
+        vcpus: machine.vcpus,
+        mem_mib: machine.mem_mib,
+    }
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+fn open_for_boot(
+    files: &MachineFiles,
+    template: &Template,
+    disk_mib: u32,
+) -> Result<(OpenFiles, OwnedFd), HypervisorError> {
+    let failed = |operation: &str| images_error(ErrorCode::BootFailed, operation.to_owned());
+    files
+        .discard_image()
+        .map_err(failed("cannot give up the old memory"))?;
+    files
+        .ensure_disk(template, disk_mib)
+        .map_err(failed("cannot make the disk"))?;
+    let open = OpenFiles::open(files, template, ErrorCode::BootFailed)?;
+    let kernel = template.open_kernel().map_err(|error| {
+        HypervisorError::new(ErrorCode::BootFailed, "cannot open the template's kernel").because(error)
+    })?;
+    Ok((open, kernel))
+}
+
+fn open_for_restore(
+    files: &MachineFiles,
+    template: &Template,
+    machine: &MachineSpec,
+    generation: u64,
+) -> Result<(OpenFiles, OwnedFd, Manifest), HypervisorError> {
+    let corrupt = |message: String| HypervisorError::new(ErrorCode::ImageCorrupt, message);
+    let manifest = files
+        .manifest()
+        .map_err(|error| corrupt("the manifest is unreadable".to_owned()).because(error))?
+        .ok_or_else(|| corrupt(format!("{} has no hibernation image", machine.id)))?;
+    if (&manifest.machine_id, manifest.generation) != (&machine.id, generation) {
+        return Err(corrupt(format!(
+            "manifest names generation {} of {}, not {generation} of {}",
+            manifest.generation, manifest.machine_id, machine.id
+        )));
+    }
+    let made_as = (manifest.shape, manifest.template_digest.as_str());
+    if made_as != (shape_of(machine), machine.template_digest.as_str()) {
+        let message = format!("the image of {} is of another shape or template", machine.id);
+        return Err(HypervisorError::new(ErrorCode::ImageIncompatible, message));
+    }
+    let image = files.open_image();
+    let image = image.map_err(images_error(
+        ErrorCode::ImageCorrupt,
+        "cannot open the memory image",
+    ))?;
+    let open = OpenFiles::open(files, template, ErrorCode::ResumeFailed)?;
+    Ok((open, image, manifest))
+}
+
+/// Wait until the booting guest's agent answers, or the guest ends.
+async fn await_guest(live: &VmmExecution, deadline: tokio::time::Instant) -> Result<(), HypervisorError> {
+    let mut exited = live.exited();
+    let ended = async {
+        match exited.wait_for(Option::is_some).await {
+            Ok(reason) => reason.clone(),
+            Err(_) => None,
+        }
+    };
+    tokio::select! {
+        reason = ended => {
+            let how = reason.as_ref().map_or("VMM is gone".to_owned(), describe_exit);
+            Err(HypervisorError::new(ErrorCode::BootFailed, format!("guest ended while it booted: {how}")))
+        }
+        ready = live.guest().wait_ready(deadline) => match ready {
+            Ok(_) => Ok(()),
+            Err(error) => {
+                let message = "guest agent did not answer within the boot timeout";
+                Err(HypervisorError::new(ErrorCode::BootFailed, message).because(error))
+            }
+        },
+    }
+}
+
+pub(super) fn describe_exit(reason: &ExitReason) -> String {
+    match reason {
+        ExitReason::Shutdown => "it powered off".to_owned(),
+        ExitReason::Reboot => "it rebooted".to_owned(),
+        ExitReason::Memory { message } | ExitReason::Failed { message } => message.clone(),
+    }
+}
+
+/// Why a restore failed.
+enum RestoreFailure {
+    Vmm(VmmClientError),
+    Guest(GuestClientError),
+}
+
+/// The VMM's reply and the guest's acknowledgement, waited for together. A guest that can't be reached because
+/// the restore failed is not the cause to report.
+async fn restore_and_resync(
+    restored: impl Future<Output = Result<(RestoreTrace, u64), VmmClientError>>,
+    guest: &GuestClient,
+) -> Result<(RestoreTrace, u64), RestoreFailure> {
+    let (mut restored, mut resynced) = (pin!(restored), pin!(guest.resync()));
+    let mut early: Option<Result<Resynced, GuestClientError>> = None;
+    let trace = loop {
+        tokio::select! {
+            trace = &mut restored => break trace.map_err(RestoreFailure::Vmm)?,
+            answer = &mut resynced, if early.is_none() => early = Some(answer),
+        }
+    };
+    let answer = match early {
+        Some(answer) => answer,
+        None => resynced.await,
+    };
+    match answer {
+        Ok(resynced) => {
+            tracing::debug!(step_ns = resynced.step_ns, "guest acknowledged clock and entropy");
+            Ok(trace)
+        }
+        Err(error) => Err(RestoreFailure::Guest(error)),
+    }
+}
+
+fn restore_error(machine: &MachineSpec, failure: RestoreFailure) -> HypervisorError {
+    match failure {
+        RestoreFailure::Vmm(error) => {
+            let code = match &error {
+                VmmClientError::Refused { source, .. } => match source.code {
+                    VmmErrorCode::ImageCorrupt => ErrorCode::ImageCorrupt,
+                    VmmErrorCode::ImageIncompatible => ErrorCode::ImageIncompatible,
+                    _ => ErrorCode::ResumeFailed,
+                },
+                _ => ErrorCode::ResumeFailed,
+            };
+            HypervisorError::new(code, format!("VMM cannot restore {}", machine.id)).because(error)
+        }
+        RestoreFailure::Guest(error) => {
+            let message = format!("guest of {} did not acknowledge clock and entropy", machine.id);
+            HypervisorError::new(ErrorCode::ResumeFailed, message).because(error)
+        }
+    }
+}

@@ -1,0 +1,184 @@
+//! One connection to the guest agent: the `CONNECT` handshake and frames both ways.
+//!
+//! Owns the socket. A frame's payload is allocated only after its length was checked against the protocol's
+//! limit. Reading is not cancel-safe inside a frame: a dropped read leaves a channel that must be dropped too.
+
+use std::path::Path;
+
+use bytes::Bytes;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use torpor_api::guest::{
+    AGENT_PORT, FrameType, GuestError, GuestRequest, GuestResponse, HEADER_LEN, MAX_PAYLOAD, decode_header,
+    encode_header,
+};
+
+use super::{GuestClientError, misplaced};
+
+/// Longest answer to `CONNECT`: `OK ` and a port number.
+const MAX_ANSWER: usize = 32;
+
+/// A frame that came from the guest.
+#[derive(Debug)]
+pub struct Frame {
+    /// What it holds.
+    pub kind: FrameType,
+    /// Its payload.
+    pub payload: Bytes,
+}
+
+/// A connection that carries one operation.
+pub struct Channel {
+    /// Frames from the guest.
+    pub receiver: FrameReceiver,
+    /// Frames to the guest.
+    pub sender: FrameSender,
+}
+
+/// The half that reads.
+pub struct FrameReceiver(BufReader<OwnedReadHalf>);
+
+/// The half that writes.
+pub struct FrameSender(OwnedWriteHalf);
+
+impl Channel {
+    /// Connect to the agent behind a machine's vsock socket. Waits for as long as the VMM waits for the guest.
+    ///
+    /// # Errors
+    /// The socket, the VMM or the guest refuses.
+    pub async fn open(socket: &Path) -> Result<Self, GuestClientError> {
+        let mut stream = UnixStream::connect(socket)
+            .await
+            .map_err(|source| GuestClientError::Connect {
+                path: socket.to_owned(),
+                source,
+            })?;
+        let line = format!("CONNECT {AGENT_PORT}\n");
+        stream.write_all(line.as_bytes()).await.map_err(io("write to"))?;
+        expect_ok(&mut stream).await?;
+        let (read, write) = stream.into_split();
+        Ok(Self {
+            receiver: FrameReceiver(BufReader::with_capacity(64 << 10, read)),
+            sender: FrameSender(write),
+        })
+    }
+
+    /// Open with the operation's request.
+    ///
+    /// # Errors
+    /// The connection broke, or the request is too long for a frame.
+    pub async fn send_request(&mut self, request: &GuestRequest) -> Result<(), GuestClientError> {
+        let json = serde_json::to_vec(request).map_err(|error| GuestClientError::Protocol {
+            what: format!("request has no JSON: {error}"),
+        })?;
+        self.sender.send(FrameType::Request, &json).await
+    }
+
+    /// The response, for operations that have nothing before it.
+    ///
+    /// # Errors
+    /// See [`GuestClientError`].
+    pub async fn response(&mut self) -> Result<GuestResponse, GuestClientError> {
+        let frame = self.receiver.next().await?;
+        last_frame(&frame)
+    }
+}
+
+impl FrameReceiver {
+    /// The next frame.
+    ///
+    /// # Errors
+    /// The guest closed, or sent what is no frame.
+    pub async fn next(&mut self) -> Result<Frame, GuestClientError> {
+        let mut header = [0; HEADER_LEN];
+        self.0.read_exact(&mut header).await.map_err(io("read from"))?;
+        let (kind, len) = decode_header(header).map_err(|error| GuestClientError::Protocol {
+            what: error.to_string(),
+        })?;
+        let mut payload = vec![0; len];
+        self.0.read_exact(&mut payload).await.map_err(io("read from"))?;
+        Ok(Frame {
+            kind,
+            payload: payload.into(),
+        })
+    }
+}
+
+impl FrameSender {
+    /// Send one frame.
+    ///
+    /// # Errors
+    /// The connection broke, or the payload is over the protocol's limit.
+    pub async fn send(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), GuestClientError> {
+        let header = encode_header(kind, payload.len()).map_err(|error| GuestClientError::Protocol {
+            what: error.to_string(),
+        })?;
+        if payload.len() <= 4096 {
+            let mut frame = Vec::with_capacity(HEADER_LEN + payload.len());
+            frame.extend_from_slice(&header);
+            frame.extend_from_slice(payload);
+            return self.0.write_all(&frame).await.map_err(io("write to"));
+        }
+        self.0.write_all(&header).await.map_err(io("write to"))?;
+        self.0.write_all(payload).await.map_err(io("write to"))
+    }
+
+    /// Send bytes of any length in frames of this kind.
+    ///
+    /// # Errors
+    /// The connection broke.
+    pub async fn send_all(&mut self, kind: FrameType, bytes: &[u8]) -> Result<(), GuestClientError> {
+        for chunk in bytes.chunks(MAX_PAYLOAD) {
+            self.send(kind, chunk).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What a frame that must be the last one says.
+///
+/// # Errors
+/// The agent's refusal, or a frame that is neither response nor error.
+pub fn last_frame(frame: &Frame) -> Result<GuestResponse, GuestClientError> {
+    let malformed = |error: serde_json::Error| GuestClientError::Protocol {
+        what: format!("last frame is malformed: {error}"),
+    };
+    match frame.kind {
+        FrameType::Response => serde_json::from_slice(&frame.payload).map_err(malformed),
+        FrameType::Error => {
+            let source: GuestError = serde_json::from_slice(&frame.payload).map_err(malformed)?;
+            Err(GuestClientError::Refused { source })
+        }
+        other => Err(misplaced(other)),
+    }
+}
+
+async fn expect_ok(stream: &mut UnixStream) -> Result<(), GuestClientError> {
+    let mut answer = [0; MAX_ANSWER];
+    let mut len = 0;
+    // The agent speaks only when asked, so nothing of it can follow the line into this buffer.
+    while len < MAX_ANSWER && !answer[..len].ends_with(b"\n") {
+        let n = stream.read(&mut answer[len..]).await.map_err(io("read from"))?;
+        if n == 0 {
+            break;
+        }
+        len += n;
+    }
+    if answer[..len].starts_with(b"OK ") && answer[..len].ends_with(b"\n") {
+        return Ok(());
+    }
+    Err(GuestClientError::NotListening {
+        port: AGENT_PORT,
+        answer: String::from_utf8_lossy(&answer[..len]).into_owned(),
+    })
+}
+
+fn io(operation: &'static str) -> impl Fn(std::io::Error) -> GuestClientError {
+    move |source| match source.kind() {
+        std::io::ErrorKind::UnexpectedEof
+        | std::io::ErrorKind::ConnectionReset
+        | std::io::ErrorKind::BrokenPipe => GuestClientError::Closed,
+        _ => GuestClientError::Io { operation, source },
+    }
+}
