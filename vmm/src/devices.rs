@@ -23,8 +23,8 @@ use serde::{Deserialize, Serialize};
 use self::balloon::Balloon;
 pub use self::balloon::Discard;
 use self::blk::Blk;
-pub use self::mmio::{TransportError, TransportState};
 use self::mmio::{MmioDevice, VirtioDevice};
+pub use self::mmio::{TransportError, TransportState};
 use self::net::Net;
 use self::reactors::{BlkReactor, IoReactor, LISTENER, TAP};
 use self::rng::Rng;
@@ -199,7 +199,10 @@ impl DeviceSet {
         let set = Self::new().map_err(DeviceError::Create)?;
         for (info, device) in set.mmio_devices().iter().zip(set.bus()) {
             vm.register_irqfd(device.interrupt().line(), info.gsi)
-                .map_err(|source| DeviceError::Irqfd { gsi: info.gsi, source })?;
+                .map_err(|source| DeviceError::Irqfd {
+                    gsi: info.gsi,
+                    source,
+                })?;
             let gpa = info.gpa + QUEUE_NOTIFY;
             for (queue, kick) in (0_u32..).zip(device.kicks()) {
                 vm.register_ioevent(kick, &IoEventAddress::Mmio(gpa), queue)
@@ -207,7 +210,10 @@ impl DeviceSet {
             }
         }
         vm.register_irqfd(set.console.line(), SERIAL_GSI)
-            .map_err(|source| DeviceError::Irqfd { gsi: SERIAL_GSI, source })?;
+            .map_err(|source| DeviceError::Irqfd {
+                gsi: SERIAL_GSI,
+                source,
+            })?;
         Ok(set)
     }
 
@@ -219,7 +225,9 @@ impl DeviceSet {
         let balloon = Arc::new(VirtioDevice::new()?);
         let disk_epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
         let io_epoll = Arc::new(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?);
-        let disk_reactor = BlkReactor { blk: Arc::clone(&blk) };
+        let disk_reactor = BlkReactor {
+            blk: Arc::clone(&blk),
+        };
         let io_reactor = IoReactor {
             net: Arc::clone(&net),
             vsock: Arc::clone(&vsock),
@@ -227,10 +235,16 @@ impl DeviceSet {
             balloon: Arc::clone(&balloon),
         };
         for (token, kick) in disk_reactor.kicks() {
-            disk_epoll.add(worker::doorbell_fd(kick), EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+            disk_epoll.add(
+                worker::doorbell_fd(kick),
+                EpollEvent::new(EpollFlags::EPOLLIN, token),
+            )?;
         }
         for (token, kick) in io_reactor.kicks() {
-            io_epoll.add(worker::doorbell_fd(kick), EpollEvent::new(EpollFlags::EPOLLIN, token))?;
+            io_epoll.add(
+                worker::doorbell_fd(kick),
+                EpollEvent::new(EpollFlags::EPOLLIN, token),
+            )?;
         }
         Ok(Self {
             disk_worker: Worker::spawn("disk", disk_epoll, disk_reactor)?,
@@ -275,30 +289,31 @@ impl DeviceSet {
         backends: Backends,
         discard: Discard,
     ) -> Result<(), DeviceError> {
-        let tap = backends.tap.try_clone().map_err(|source| DeviceError::Backend { backend: "tap", source })?;
-        let net = Net::new(tap, Arc::clone(&self.io_epoll), TAP)
-            .map_err(|source| DeviceError::Backend { backend: "tap", source })?;
-        self.attach_with(memory, backends, net, discard)
+        self.attach_with(memory, backends, discard, Net::new)
     }
 
     fn attach_with(
         &mut self,
         memory: &GuestMemory,
         backends: Backends,
-        net: Net,
         discard: Discard,
+        make_net: impl FnOnce(File, Arc<Epoll>, u64) -> io::Result<Net>,
     ) -> Result<(), DeviceError> {
         if self.attached {
             return Err(DeviceError::AttachedTwice);
         }
         let failed = |backend| move |source| DeviceError::Backend { backend, source };
-        let blk = Blk::open(backends.disk_base, backends.disk_overlay, backends.disk_generation)
-            .map_err(failed("disk"))?;
+        let blk = Blk::open(
+            backends.disk_base,
+            backends.disk_overlay,
+            backends.disk_generation,
+        )
+        .map_err(failed("disk"))?;
+        let net = make_net(backends.tap, Arc::clone(&self.io_epoll), TAP).map_err(failed("tap"))?;
         let listener = UnixListener::from(backends.vsock_listener);
-        let vsock = Vsock::new(listener, Arc::clone(&self.io_epoll), LISTENER)
-            .map_err(failed("vsock listener"))?;
-        let log =
-            ConsoleLog::new(backends.console, backends.console_limit).map_err(failed("console log"))?;
+        let vsock =
+            Vsock::new(listener, Arc::clone(&self.io_epoll), LISTENER).map_err(failed("vsock listener"))?;
+        let log = ConsoleLog::new(backends.console, backends.console_limit).map_err(failed("console log"))?;
         self.blk.attach(memory.clone(), blk);
         self.net.attach(memory.clone(), net);
         self.vsock.attach(memory.clone(), vsock);
@@ -327,7 +342,10 @@ impl DeviceSet {
 
     fn find(&self, gpa: u64) -> Option<(&dyn MmioDevice, u64)> {
         let offset = gpa.checked_sub(MMIO_BASE)?;
-        let device = self.bus().get(usize::try_from(offset / MMIO_STRIDE).ok()?).copied()?;
+        let device = self
+            .bus()
+            .get(usize::try_from(offset / MMIO_STRIDE).ok()?)
+            .copied()?;
         Some((device, offset % MMIO_STRIDE))
     }
 
@@ -377,7 +395,9 @@ impl DeviceSet {
     /// The devices' state, while frozen.
     #[must_use]
     pub fn save(&self) -> DevicesState {
-        let pages = self.balloon.with_model(|balloon| (balloon.target_pages, balloon.actual_pages));
+        let pages = self
+            .balloon
+            .with_model(|balloon| (balloon.target_pages, balloon.actual_pages));
         let (balloon_target_pages, balloon_actual_pages) = pages.unwrap_or_default();
         DevicesState {
             transports: self.bus().iter().map(|device| device.save()).collect(),
@@ -398,7 +418,10 @@ impl DeviceSet {
         self.freeze();
         let bus = self.bus();
         if state.transports.len() != bus.len() {
-            return Err(DeviceError::DeviceCount { found: state.transports.len(), expected: bus.len() });
+            return Err(DeviceError::DeviceCount {
+                found: state.transports.len(),
+                expected: bus.len(),
+            });
         }
         for (device, transport) in bus.iter().zip(&state.transports) {
             device.restore(transport)?;
@@ -425,10 +448,19 @@ impl DeviceSet {
     /// Bytes moved so far.
     #[must_use]
     pub fn counters(&self) -> DeviceCounters {
-        let (net_rx_bytes, net_tx_bytes) =
-            self.net.with_model(|net| (net.rx_bytes, net.tx_bytes)).unwrap_or_default();
-        let (disk_read_bytes, disk_written_bytes) =
-            self.blk.with_model(|blk| (blk.read_bytes, blk.written_bytes)).unwrap_or_default();
-        DeviceCounters { net_rx_bytes, net_tx_bytes, disk_read_bytes, disk_written_bytes }
+        let (net_rx_bytes, net_tx_bytes) = self
+            .net
+            .with_model(|net| (net.rx_bytes, net.tx_bytes))
+            .unwrap_or_default();
+        let (disk_read_bytes, disk_written_bytes) = self
+            .blk
+            .with_model(|blk| (blk.read_bytes, blk.written_bytes))
+            .unwrap_or_default();
+        DeviceCounters {
+            net_rx_bytes,
+            net_tx_bytes,
+            disk_read_bytes,
+            disk_written_bytes,
+        }
     }
 }

@@ -45,13 +45,19 @@ pub(crate) struct Balloon {
 impl Balloon {
     /// An empty balloon.
     pub(crate) fn new(discard: Discard) -> Self {
-        Self { discard, target_pages: 0, actual_pages: 0 }
+        Self {
+            discard,
+            target_pages: 0,
+            actual_pages: 0,
+        }
     }
 
     fn inflate(&self, memory: &GuestMemory, buffers: &mut Buffers<'_>) {
         let mut run: Option<(u64, u64)> = None;
         for _ in 0..MAX_PFNS {
-            let Some(pfn) = buffers.read_array::<4>().map(u32::from_le_bytes) else { break };
+            let Some(pfn) = buffers.read_array::<4>().map(u32::from_le_bytes) else {
+                break;
+            };
             let gpa = u64::from(pfn) * PAGE_BYTES;
             run = match run {
                 Some((start, len)) if start + len == gpa => Some((start, len + PAGE_BYTES)),
@@ -70,8 +76,12 @@ impl Balloon {
     /// Discards the whole pages of a range, if all of it is memory.
     fn discard_range(&self, memory: &GuestMemory, gpa: u64, len: u64) {
         let Some(end) = gpa.checked_add(len) else { return };
-        let Some(start) = gpa.checked_next_multiple_of(PAGE_BYTES) else { return };
-        let Some(len) = (end - end % PAGE_BYTES).checked_sub(start).filter(|&len| len > 0) else { return };
+        let Some(start) = gpa.checked_next_multiple_of(PAGE_BYTES) else {
+            return;
+        };
+        let Some(len) = (end - end % PAGE_BYTES).checked_sub(start).filter(|&len| len > 0) else {
+            return;
+        };
         let in_memory = usize::try_from(len)
             .is_ok_and(|len| memory.check_range(GuestAddress(start), len, Permissions::ReadWrite));
         if in_memory {
@@ -84,7 +94,9 @@ impl Balloon {
 
 impl fmt::Debug for Balloon {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Balloon").field("target_pages", &self.target_pages).finish_non_exhaustive()
+        f.debug_struct("Balloon")
+            .field("target_pages", &self.target_pages)
+            .finish_non_exhaustive()
     }
 }
 

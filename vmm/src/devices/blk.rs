@@ -87,7 +87,9 @@ impl Blk {
     /// Does one request; returns the bytes written to guest memory.
     fn request(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
         let short = QueueError::Short { head: chain.head };
-        let Some(status) = chain.writable.take_back(1) else { return Err(short) };
+        let Some(status) = chain.writable.take_back(1) else {
+            return Err(short);
+        };
         let (Some(kind), Some(_reserved), Some(sector)) = (
             chain.readable.read_array().map(u32::from_le_bytes),
             chain.readable.read_array::<4>(),
@@ -167,16 +169,21 @@ impl Blk {
             return Err(invalid("request is too long"));
         }
         let len_bytes = bytes_u64(len_bytes);
-        if len_bytes % SECTOR_BYTES != 0 {
+        if !len_bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(invalid("not whole sectors"));
         }
         self.range(sector, len_bytes)
     }
 
     fn range(&self, sector: u64, len_bytes: u64) -> io::Result<u64> {
-        let offset = sector.checked_mul(SECTOR_BYTES).ok_or_else(|| invalid("past the end of the disk"))?;
-        let end = offset.checked_add(len_bytes).filter(|&end| end <= self.disk.len_bytes());
-        end.map(|_| offset).ok_or_else(|| invalid("past the end of the disk"))
+        let offset = sector
+            .checked_mul(SECTOR_BYTES)
+            .ok_or_else(|| invalid("past the end of the disk"))?;
+        let end = offset
+            .checked_add(len_bytes)
+            .filter(|&end| end <= self.disk.len_bytes());
+        end.map(|_| offset)
+            .ok_or_else(|| invalid("past the end of the disk"))
     }
 }
 

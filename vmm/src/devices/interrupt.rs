@@ -23,7 +23,10 @@ pub(crate) struct Interrupt {
 impl Interrupt {
     /// Nothing pending.
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { status: AtomicU32::new(0), line: EventFd::new(EFD_NONBLOCK)? })
+        Ok(Self {
+            status: AtomicU32::new(0),
+            line: EventFd::new(EFD_NONBLOCK)?,
+        })
     }
 
     /// For the irqfd.
@@ -53,7 +56,8 @@ impl Interrupt {
 
     /// Replaces the status: a reset or a restore.
     pub(crate) fn set_status(&self, bits: u32) {
-        self.status.store(bits & (USED_BUFFER | CONFIG_CHANGE), Ordering::Release);
+        self.status
+            .store(bits & (USED_BUFFER | CONFIG_CHANGE), Ordering::Release);
     }
 
     /// Raises the line again for what was not acknowledged before the image was made.

@@ -210,18 +210,32 @@ impl<M: Model> VirtioDevice<M> {
 
     /// Runs `f` on the model, if there is one.
     pub(crate) fn with_model<T>(&self, f: impl FnOnce(&mut M) -> T) -> Option<T> {
-        self.lock().attached.as_mut().map(|attached| f(&mut attached.model))
+        self.lock()
+            .attached
+            .as_mut()
+            .map(|attached| f(&mut attached.model))
     }
 
     /// Runs `f` on the model and the queues, if the driver runs.
     pub(crate) fn serve(&self, f: impl FnOnce(&mut M, &mut Queues<'_>) -> Result<(), QueueError>) {
         let mut state = self.lock();
-        let DeviceState { registers, queues, attached } = &mut *state;
-        let Some(Attached { memory, model }) = attached else { return };
+        let DeviceState {
+            registers,
+            queues,
+            attached,
+        } = &mut *state;
+        let Some(Attached { memory, model }) = attached else {
+            return;
+        };
         if !registers.is_running() {
             return;
         }
-        let mut running = Queues { queues, memory, interrupt: &self.interrupt, kicks: &self.kicks };
+        let mut running = Queues {
+            queues,
+            memory,
+            interrupt: &self.interrupt,
+            kicks: &self.kicks,
+        };
         if let Err(error) = f(model, &mut running) {
             let cause = std::error::Error::source(&error).map(ToString::to_string);
             tracing::warn!(device_id = M::DEVICE_ID, %error, cause, "device needs a reset");
@@ -264,7 +278,9 @@ impl<M: Model> VirtioDevice<M> {
         let select = state.registers.queue_select;
         match offset {
             0x010 => half(state.offered(), state.registers.device_features_select),
-            0x034 => state.queue(select).map_or(0, |queue| u32::from(queue.registers().max_size())),
+            0x034 => state
+                .queue(select)
+                .map_or(0, |queue| u32::from(queue.registers().max_size())),
             0x044 => state.queue(select).map_or(0, |queue| u32::from(queue.is_ready())),
             0x070 => state.registers.status,
             0x0fc => state.registers.config_generation,
@@ -275,7 +291,10 @@ impl<M: Model> VirtioDevice<M> {
     fn write_register(&self, offset: u64, value: u32) {
         match offset {
             0x050 => {
-                if let Some(kick) = usize::try_from(value).ok().and_then(|index| self.kicks.get(index)) {
+                if let Some(kick) = usize::try_from(value)
+                    .ok()
+                    .and_then(|index| self.kicks.get(index))
+                {
                     worker::ring(kick);
                 }
                 return;
@@ -305,7 +324,9 @@ impl<M: Model> VirtioDevice<M> {
 
 impl<M: Model> DeviceState<M> {
     fn offered(&self) -> u64 {
-        self.attached.as_ref().map_or(0, |attached| attached.model.features() | COMMON_FEATURES)
+        self.attached
+            .as_ref()
+            .map_or(0, |attached| attached.model.features() | COMMON_FEATURES)
     }
 
     fn queue(&mut self, index: u32) -> Option<&mut Virtqueue> {
@@ -317,7 +338,10 @@ impl<M: Model> DeviceState<M> {
         if registers.status & DRIVER == 0 || registers.status & FEATURES_OK != 0 {
             return;
         }
-        let (low, high) = (registers.driver_features & 0xffff_ffff, registers.driver_features >> 32);
+        let (low, high) = (
+            registers.driver_features & 0xffff_ffff,
+            registers.driver_features >> 32,
+        );
         registers.driver_features = match registers.driver_features_select {
             0 => (high << 32) | u64::from(value),
             1 => (u64::from(value) << 32) | low,
@@ -408,10 +432,13 @@ impl<M: Model> MmioDevice for VirtioDevice<M> {
             let state = self.lock();
             let Some(attached) = &state.attached else { return };
             let config = attached.model.config();
-            let tail = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or(&[]);
+            let tail = usize::try_from(offset)
+                .ok()
+                .and_then(|offset| config.get(offset..))
+                .unwrap_or(&[]);
             let n_bytes = tail.len().min(data.len());
             data[..n_bytes].copy_from_slice(&tail[..n_bytes]);
-        } else if data.len() == 4 && offset % 4 == 0 {
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }
     }
@@ -422,7 +449,7 @@ impl<M: Model> MmioDevice for VirtioDevice<M> {
                 self.with_model(|model| model.write_config(offset, data));
             }
         } else if let Ok(bytes) = <[u8; 4]>::try_from(data)
-            && offset % 4 == 0
+            && offset.is_multiple_of(4)
         {
             self.write_register(offset, u32::from_le_bytes(bytes));
         }
@@ -481,10 +508,17 @@ impl<M: Model> MmioDevice for VirtioDevice<M> {
         if saved.status & DRIVER_OK != 0 && saved.status & FEATURES_OK == 0 {
             return Err(mismatch("driver runs without features"));
         }
-        let queues = M::QUEUE_SIZES.iter().zip(&saved.queues).enumerate().map(|(queue, (&size, saved))| {
-            Virtqueue::restore(size, saved, &attached.memory)
-                .map_err(|error| TransportError::Queue { device_id, queue, source: Box::new(error) })
-        });
+        let queues = M::QUEUE_SIZES
+            .iter()
+            .zip(&saved.queues)
+            .enumerate()
+            .map(|(queue, (&size, saved))| {
+                Virtqueue::restore(size, saved, &attached.memory).map_err(|error| TransportError::Queue {
+                    device_id,
+                    queue,
+                    source: Box::new(error),
+                })
+            });
         let queues = queues.collect::<Result<_, _>>()?;
         if saved.status & FEATURES_OK != 0 {
             attached.model.negotiated(saved.driver_features);

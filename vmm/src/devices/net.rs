@@ -71,6 +71,12 @@ impl Net {
         Ok(Self::over(tap, epoll, token))
     }
 
+    /// Over a datagram socket, which has no tap's ioctls.
+    #[cfg(test)]
+    pub(crate) fn over_stand_in(tap: File, epoll: Arc<Epoll>, token: u64) -> Self {
+        Self::over(tap, epoll, token)
+    }
+
     fn over(tap: File, epoll: Arc<Epoll>, token: u64) -> Self {
         Self {
             tap,
@@ -90,7 +96,8 @@ impl Net {
             return;
         }
         let changed = if listening {
-            self.epoll.add(&self.tap, EpollEvent::new(EpollFlags::EPOLLIN, self.token))
+            self.epoll
+                .add(&self.tap, EpollEvent::new(EpollFlags::EPOLLIN, self.token))
         } else {
             self.epoll.delete(&self.tap)
         };
@@ -125,7 +132,9 @@ impl Net {
     fn receive(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
         self.set_listening(true);
         for _ in 0..BUDGET {
-            let Some(len_bytes) = self.next_packet() else { break };
+            let Some(len_bytes) = self.next_packet() else {
+                break;
+            };
             loop {
                 // Buffers too few for this packet stay in the ring, so "not empty" is no reason to try again.
                 let seen = queues.queues[RX].driver_index(queues.memory)?;

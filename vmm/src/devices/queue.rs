@@ -164,7 +164,9 @@ pub(crate) struct Virtqueue {
 impl Virtqueue {
     /// An unconfigured queue. `max_size` is a constant of the device: a power of two.
     pub(crate) fn new(max_size: u16) -> Result<Self, QueueError> {
-        Ok(Self { queue: Queue::new(max_size).map_err(QueueError::Ring)? })
+        Ok(Self {
+            queue: Queue::new(max_size).map_err(QueueError::Ring)?,
+        })
     }
 
     /// The configuration registers.
@@ -208,9 +210,15 @@ impl Virtqueue {
                 return Err(QueueError::Order { head });
             }
             if writable {
-                chain.writable_ranges.push((descriptor.addr().0, descriptor.len()));
+                chain
+                    .writable_ranges
+                    .push((descriptor.addr().0, descriptor.len()));
             }
-            let buffers = if writable { &mut chain.writable } else { &mut chain.readable };
+            let buffers = if writable {
+                &mut chain.writable
+            } else {
+                &mut chain.readable
+            };
             append(buffers, memory, descriptor.addr(), descriptor.len())?;
             if chain.readable.slices.len() + chain.writable.slices.len() > MAX_PIECES
                 || chain.writable_ranges.len() > MAX_PIECES
@@ -218,7 +226,11 @@ impl Virtqueue {
                 return Err(QueueError::TooManyPieces { head });
             }
         }
-        if ended { Ok(Some(chain)) } else { Err(QueueError::Endless { head }) }
+        if ended {
+            Ok(Some(chain))
+        } else {
+            Err(QueueError::Endless { head })
+        }
     }
 
     /// Gives the chain taken last back to the available ring.
@@ -244,7 +256,9 @@ impl Virtqueue {
         len_bytes: usize,
     ) -> Result<(), QueueError> {
         let len_bytes = u32::try_from(len_bytes).unwrap_or(u32::MAX);
-        self.queue.add_used(memory, head, len_bytes).map_err(QueueError::Ring)
+        self.queue
+            .add_used(memory, head, len_bytes)
+            .map_err(QueueError::Ring)
     }
 
     /// Asks for a kick at the next chain; true if one is there already.
@@ -257,7 +271,10 @@ impl Virtqueue {
 
     /// The driver's index in the available ring.
     pub(crate) fn driver_index(&self, memory: &GuestMemory) -> Result<u16, QueueError> {
-        self.queue.avail_idx(memory, Ordering::Acquire).map(|idx| idx.0).map_err(QueueError::Ring)
+        self.queue
+            .avail_idx(memory, Ordering::Acquire)
+            .map(|idx| idx.0)
+            .map_err(QueueError::Ring)
     }
 
     /// Asks for a kick when the driver adds a chain past `driver_index`, chains before it or not; true if it has.
@@ -381,7 +398,10 @@ fn append<'m>(
     let outside = || QueueError::Outside { gpa: gpa.0, len };
     let len_bytes = usize::try_from(len).map_err(|_| outside())?;
     gpa.0.checked_add(u64::from(len)).ok_or_else(outside)?;
-    for slice in memory.get_slices(gpa, len_bytes, Permissions::ReadWrite).map_err(|_| outside())? {
+    for slice in memory
+        .get_slices(gpa, len_bytes, Permissions::ReadWrite)
+        .map_err(|_| outside())?
+    {
         buffers.slices.push(slice.map_err(|_| outside())?);
     }
     Ok(())

@@ -75,7 +75,9 @@ impl Reactor for IoReactor {
     fn on_ready(&mut self, token: u64, flags: EpollFlags, pause: &AtomicBool) {
         let silence = |device: &dyn MmioDevice| {
             let queue = usize::try_from(token & QUEUE_BITS).ok();
-            queue.and_then(|queue| device.kicks().get(queue)).map(worker::silence);
+            queue
+                .and_then(|queue| device.kicks().get(queue))
+                .map(worker::silence);
         };
         match token {
             TAP => net::serve(&self.net, pause),

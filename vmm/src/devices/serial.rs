@@ -54,14 +54,26 @@ pub(crate) struct ConsoleLog {
 impl ConsoleLog {
     /// Goes nowhere: before the backends are there.
     fn nowhere() -> Self {
-        Self { file: None, left_bytes: 0, marked: true, line: Vec::new(), dropped_bytes: 0 }
+        Self {
+            file: None,
+            left_bytes: 0,
+            marked: true,
+            line: Vec::new(),
+            dropped_bytes: 0,
+        }
     }
 
     /// Appends to `file` until that has `limit_bytes`.
     pub(crate) fn new(mut file: File, limit_bytes: u64) -> io::Result<Self> {
         let len_bytes = io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
         let left_bytes = limit_bytes.saturating_sub(len_bytes);
-        Ok(Self { file: Some(file), left_bytes, marked: left_bytes == 0, line: Vec::new(), dropped_bytes: 0 })
+        Ok(Self {
+            file: Some(file),
+            left_bytes,
+            marked: left_bytes == 0,
+            line: Vec::new(),
+            dropped_bytes: 0,
+        })
     }
 
     /// Writes what is kept back.
@@ -78,7 +90,11 @@ impl ConsoleLog {
             self.dropped_bytes = self.dropped_bytes.saturating_add(len_bytes);
             let room = self.left_bytes >= marker_bytes;
             self.left_bytes = 0;
-            if std::mem::replace(&mut self.marked, true) || !room { Ok(()) } else { file.write_all(MARKER) }
+            if std::mem::replace(&mut self.marked, true) || !room {
+                Ok(())
+            } else {
+                file.write_all(MARKER)
+            }
         };
         if let Err(error) = written {
             self.dropped_bytes = self.dropped_bytes.saturating_add(len_bytes);
@@ -139,7 +155,10 @@ impl Console {
     pub(crate) fn new() -> io::Result<Self> {
         let line = EventFd::new(EFD_NONBLOCK)?;
         let uart = Serial::new(Line(line.try_clone()?), ConsoleLog::nowhere());
-        Ok(Self { uart: Mutex::new(uart), line })
+        Ok(Self {
+            uart: Mutex::new(uart),
+            line,
+        })
     }
 
     /// For the irqfd.

@@ -74,28 +74,47 @@ pub(crate) fn random_u32() -> io::Result<u32> {
     let mut bytes = [0_u8; 4];
     // SAFETY: `bytes` is valid for writing its length.
     let rc = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if rc == 4 { Ok(u32::from_le_bytes(bytes)) } else { Err(io::Error::last_os_error()) }
+    if rc == 4 {
+        Ok(u32::from_le_bytes(bytes))
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Sets the length of the header before every packet of a tap.
 pub(crate) fn set_vnet_header_len(tap: BorrowedFd<'_>, len_bytes: libc::c_int) -> io::Result<()> {
     // SAFETY: the ioctl reads one int from the pointer.
     let rc = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETVNETHDRSZ, &raw const len_bytes) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Sets what the tap may leave to us: checksums, segmentation.
 pub(crate) fn set_offload(tap: BorrowedFd<'_>, offloads: libc::c_uint) -> io::Result<()> {
     // SAFETY: the ioctl takes a number and touches no memory of ours.
     let rc = unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(offloads)) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 fn iovecs(buffers: &Buffers<'_>) -> (Vec<PtrGuardMut>, Vec<libc::iovec>) {
-    let guards: Vec<_> = buffers.slices().iter().map(|slice| slice.ptr_guard_mut()).collect();
+    let guards: Vec<_> = buffers
+        .slices()
+        .iter()
+        .map(|slice| slice.ptr_guard_mut())
+        .collect();
     let iovecs = guards
         .iter()
-        .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+        .map(|guard| libc::iovec {
+            iov_base: guard.as_ptr().cast(),
+            iov_len: guard.len(),
+        })
         .collect();
     (guards, iovecs)
 }

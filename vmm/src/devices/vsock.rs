@@ -115,7 +115,10 @@ impl Vsock {
             return;
         }
         let changed = if wanted {
-            self.epoll.add(&self.listener, EpollEvent::new(EpollFlags::EPOLLIN, self.listener_token))
+            self.epoll.add(
+                &self.listener,
+                EpollEvent::new(EpollFlags::EPOLLIN, self.listener_token),
+            )
         } else {
             self.epoll.delete(&self.listener)
         };
@@ -163,7 +166,9 @@ impl Vsock {
 
     /// A client's stream is ready.
     fn on_stream(&mut self, token: u64, flags: EpollFlags) {
-        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
         let hung_up = flags.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR);
         match connection.phase {
             Phase::Greeting => match connection.read_greeting() {
@@ -205,7 +210,9 @@ impl Vsock {
 
     /// Says to the guest what it must know of a connection, and watches what can happen next.
     fn settle(&mut self, token: u64) {
-        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
         if connection.phase == Phase::Established {
             let closed = connection.untold_closed();
             if closed != 0 {
@@ -227,16 +234,18 @@ impl Vsock {
     }
 
     fn watch(&mut self, token: u64) {
-        let Some(connection) = self.connections.get_mut(&token) else { return };
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return;
+        };
         let wanted = connection.interest();
         if wanted == connection.watched {
             return;
         }
         let changed = match (connection.watched, wanted) {
             (None, Some(flags)) => self.epoll.add(&connection.stream, EpollEvent::new(flags, token)),
-            (Some(_), Some(flags)) => {
-                self.epoll.modify(&connection.stream, &mut EpollEvent::new(flags, token))
-            }
+            (Some(_), Some(flags)) => self
+                .epoll
+                .modify(&connection.stream, &mut EpollEvent::new(flags, token)),
             (_, None) => self.epoll.delete(&connection.stream),
         };
         connection.watched = wanted;
@@ -263,11 +272,13 @@ impl Vsock {
             return;
         }
         let token = self.by_host_port.get(&header.dst_port).copied();
-        let connection = token.and_then(|token| self.connections.get_mut(&token)).filter(|connection| {
-            connection.guest_port == header.src_port
-                && header.socket_type == TYPE_STREAM
-                && matches!(connection.phase, Phase::Requested | Phase::Established)
-        });
+        let connection = token
+            .and_then(|token| self.connections.get_mut(&token))
+            .filter(|connection| {
+                connection.guest_port == header.src_port
+                    && header.socket_type == TYPE_STREAM
+                    && matches!(connection.phase, Phase::Requested | Phase::Established)
+            });
         let (Some(token), Some(connection)) = (token, connection) else {
             return self.refuse(header);
         };
@@ -343,7 +354,9 @@ impl Vsock {
             let head = chain.head;
             let header = chain.readable.read_array().ok_or(QueueError::Short { head })?;
             let header = Header::decode(&header);
-            let payload = usize::try_from(header.len_bytes).ok().filter(|&len| len <= MAX_PAYLOAD_BYTES);
+            let payload = usize::try_from(header.len_bytes)
+                .ok()
+                .filter(|&len| len <= MAX_PAYLOAD_BYTES);
             let payload = payload.and_then(|len| chain.readable.take_front(len));
             self.on_packet(&header, payload.ok_or(QueueError::Short { head })?);
             queues.queues[TX].complete(memory, head, 0)?;
@@ -408,7 +421,10 @@ impl Vsock {
     /// Writes one packet; `None` if there was none after all.
     fn fill(&mut self, work: Work, mut chain: Chain<'_>) -> Result<Option<usize>, QueueError> {
         let head = chain.head;
-        let header_room = chain.writable.take_front(HEADER_BYTES).ok_or(QueueError::Short { head })?;
+        let header_room = chain
+            .writable
+            .take_front(HEADER_BYTES)
+            .ok_or(QueueError::Short { head })?;
         let token = match work {
             Work::Control(header) => {
                 header_room.copy_from(&header.encode());
@@ -416,7 +432,9 @@ impl Vsock {
             }
             Work::Connection(token) => token,
         };
-        let Some(connection) = self.connections.get_mut(&token) else { return Ok(None) };
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return Ok(None);
+        };
         if connection.phase == Phase::Held {
             connection.phase = Phase::Requested;
             header_room.copy_from(&connection.header(OP_REQUEST, 0).encode());
@@ -434,7 +452,9 @@ impl Vsock {
         mut room: Buffers<'_>,
         head: u16,
     ) -> Result<Option<usize>, QueueError> {
-        let Some(connection) = self.connections.get_mut(&token) else { return Ok(None) };
+        let Some(connection) = self.connections.get_mut(&token) else {
+            return Ok(None);
+        };
         connection.queued = false;
         let n_bytes = room.len().min(connection.credit()).min(MAX_PAYLOAD_BYTES);
         if room.len() == 0 {
@@ -528,7 +548,11 @@ impl Model for Vsock {
 pub(crate) fn serve(device: &VirtioDevice<Vsock>, ready: Option<(u64, EpollFlags)>, pause: &AtomicBool) {
     if let Some((token, flags)) = ready {
         device.with_model(|vsock| {
-            if token == vsock.listener_token { vsock.accept() } else { vsock.on_stream(token, flags) }
+            if token == vsock.listener_token {
+                vsock.accept()
+            } else {
+                vsock.on_stream(token, flags)
+            }
         });
     }
     device.serve(|vsock, queues| {
@@ -541,4 +565,3 @@ pub(crate) fn serve(device: &VirtioDevice<Vsock>, ready: Option<(u64, EpollFlags
         Ok(())
     });
 }
-

@@ -46,12 +46,29 @@ impl Worker {
     /// Starts a parked thread.
     pub(crate) fn spawn(name: &str, epoll: Arc<Epoll>, reactor: impl Reactor) -> io::Result<Self> {
         let doorbell = EventFd::new(EFD_NONBLOCK)?;
-        epoll.add(&doorbell_fd(&doorbell), EpollEvent::new(EpollFlags::EPOLLIN, DOORBELL))?;
+        epoll.add(
+            doorbell_fd(&doorbell),
+            EpollEvent::new(EpollFlags::EPOLLIN, DOORBELL),
+        )?;
         let (commands, receiver) = mpsc::channel();
         let pause = Arc::new(AtomicBool::new(true));
-        let turn = Loop { epoll, receiver, doorbell: doorbell.try_clone()?, pause: Arc::clone(&pause), reactor };
-        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || turn.run())?;
-        Ok(Self { commands: Some(commands), doorbell, pause, parked: true, thread: Some(thread) })
+        let turn = Loop {
+            epoll,
+            receiver,
+            doorbell: doorbell.try_clone()?,
+            pause: Arc::clone(&pause),
+            reactor,
+        };
+        let thread = std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || turn.run())?;
+        Ok(Self {
+            commands: Some(commands),
+            doorbell,
+            pause,
+            parked: true,
+            thread: Some(thread),
+        })
     }
 
     /// Parks the thread; when this returns it is still.

@@ -24,7 +24,7 @@ pub const CLUSTER_BYTES: usize = 64 << 10;
 /// # Errors
 /// The disk would be smaller than its base or not whole sectors, or the file can't be written.
 pub fn create_overlay(base_size: u64, overlay: File, virtual_size: u64) -> io::Result<()> {
-    if virtual_size < base_size || virtual_size % 512 != 0 {
+    if virtual_size < base_size || !virtual_size.is_multiple_of(512) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
             format!("a disk of {virtual_size} bytes can't lie over a base of {base_size} bytes"),
@@ -54,10 +54,16 @@ impl Disk {
             .backing(Some(Arc::new(FormatAccess::new(base))))
             .data_file(None)
             .open(DenyImplicitOpenGate::default())?;
-        if image.requires_external_data_file() || image.size() % 512 != 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the overlay is not a plain disk"));
+        if image.requires_external_data_file() || !image.size().is_multiple_of(512) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the overlay is not a plain disk",
+            ));
         }
-        Ok(Self { image: FormatAccess::new(image), overlay: sync })
+        Ok(Self {
+            image: FormatAccess::new(image),
+            overlay: sync,
+        })
     }
 
     /// Size in bytes, a multiple of 512.

@@ -28,7 +28,11 @@ impl Generation {
             file.read_exact_at(&mut bytes, 0)?;
             decode(&bytes)?
         };
-        Ok(Self { file, value, raised: false })
+        Ok(Self {
+            file,
+            value,
+            raised: false,
+        })
     }
 
     /// The generation now.
@@ -41,8 +45,10 @@ impl Generation {
         if self.raised {
             return Ok(());
         }
-        let value =
-            self.value.checked_add(1).ok_or_else(|| io::Error::other("the disk's generation is exhausted"))?;
+        let value = self
+            .value
+            .checked_add(1)
+            .ok_or_else(|| io::Error::other("the disk's generation is exhausted"))?;
         self.file.write_all_at(&encode(value), 0)?;
         self.file.sync_data()?;
         self.value = value;
@@ -66,6 +72,9 @@ fn decode(bytes: &[u8; FILE_BYTES]) -> io::Result<u64> {
     if encode(value) == *bytes {
         Ok(value)
     } else {
-        Err(io::Error::new(io::ErrorKind::InvalidData, "the disk's generation file fails its checksum"))
+        Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            "the disk's generation file fails its checksum",
+        ))
     }
 }

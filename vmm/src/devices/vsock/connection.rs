@@ -153,7 +153,8 @@ impl Connection {
     /// Tells the client that it is through.
     pub(crate) fn accept(&mut self) -> io::Result<()> {
         self.phase = Phase::Established;
-        self.stream.write_all(format!("OK {}\n", self.host_port).as_bytes())
+        self.stream
+            .write_all(format!("OK {}\n", self.host_port).as_bytes())
     }
 
     /// Takes over the guest's view of its buffer.
@@ -259,7 +260,11 @@ impl Connection {
         let sends_no_more = if self.in_closed { SHUTDOWN_SEND } else { 0 };
         let receives_no_more = if self.out_closed { SHUTDOWN_RECEIVE } else { 0 };
         let closed = sends_no_more | receives_no_more;
-        if closed & !self.told_closed != 0 { closed } else { 0 }
+        if closed & !self.told_closed != 0 {
+            closed
+        } else {
+            0
+        }
     }
 
     /// Whether the guest should hear that its bytes left.
@@ -289,11 +294,16 @@ impl Connection {
     }
 
     fn forward(&mut self, n_bytes: usize) {
-        self.forwarded = self.forwarded.wrapping_add(u32::try_from(n_bytes).unwrap_or(u32::MAX));
+        self.forwarded = self
+            .forwarded
+            .wrapping_add(u32::try_from(n_bytes).unwrap_or(u32::MAX));
     }
 }
 
 /// Whether trying again later may help.
 pub(crate) fn is_transient(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
 }
