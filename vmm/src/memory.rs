@@ -1,9 +1,305 @@
-//! Guest memory.
+//! Guest RAM: one private anonymous mapping, contiguous by RAM offset, under a reservation that the memslots
+//! are bound to before there is any memory.
+//!
+//! Owns the mapping, the record of pages that the guest gave back, and the way to find which pages are
+//! present. [`lazy`] fills missing pages from an image. vCPUs and devices write to RAM at any time while the
+//! guest runs, so no reference into it is ever formed: everything goes through raw copies or
+//! [`GuestMemory`]'s volatile access.
+//!
+//! Invariants: a page is *discarded* from the moment the balloon gives it back until the process ends;
+//! when absent it is zero, whatever an image says. A discarded page that the guest touches again is present,
+//! and then its content counts.
 
-use std::sync::Arc;
+pub mod lazy;
+mod source;
+
+pub use source::Backing;
+
+use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
+use crate::sys::kvm::SlotMapping;
+use crate::sys::pagemap::Pagemap;
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestAddress, GuestRegionMmap};
 
 /// Guest memory as devices see it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;
 
 /// What the balloon calls with guest physical address and length in bytes of pages that the guest gave back.
 pub type DiscardSink = Arc<dyn Fn(u64, u64) + Send + Sync>;
+
+/// Why there is no guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Address space is short.
+    #[error("cannot reserve {len_bytes} bytes of address space for guest memory")]
+    Reserve {
+        /// Wanted.
+        len_bytes: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Mapping over the reservation failed.
+    #[error("cannot map {len_bytes} bytes of guest memory")]
+    Map {
+        /// Wanted.
+        len_bytes: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The regions do not fit together.
+    #[error("cannot describe guest memory at {gpa:#x}: {reason}")]
+    Region {
+        /// First address.
+        gpa: u64,
+        /// Why not.
+        reason: String,
+    },
+    /// `/proc/self/pagemap` is not there.
+    #[error("cannot open the page map of the process")]
+    Pagemap(#[source] io::Error),
+    /// userfaultfd refused.
+    #[error("cannot {operation} with userfaultfd")]
+    Uffd {
+        /// What was tried.
+        operation: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread for the misses.
+    #[error("cannot start the page fault thread")]
+    Thread(#[source] io::Error),
+}
+
+/// One bit per page, set from any thread.
+#[derive(Debug)]
+pub struct PageBitmap {
+    words: Vec<AtomicU64>,
+}
+
+impl PageBitmap {
+    /// All bits clear.
+    #[must_use]
+    pub fn new(n_pages: u64) -> Self {
+        let n_words = usize::try_from(n_pages.div_ceil(64)).unwrap_or(usize::MAX);
+        Self {
+            words: (0..n_words).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// Whether a page's bit is set; pages past the end have none.
+    #[must_use]
+    pub fn get(&self, page: u64) -> bool {
+        let word = usize::try_from(page / 64).ok().and_then(|index| self.words.get(index));
+        word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
+    }
+
+    /// Set the bits of a range.
+    pub fn set(&self, pages: Range<u64>) {
+        let mut page = pages.start;
+        while page < pages.end {
+            let bit = page % 64;
+            let n_bits = (64 - bit).min(pages.end - page);
+            let mask = if n_bits == 64 { u64::MAX } else { ((1 << n_bits) - 1) << bit };
+            if let Some(word) = usize::try_from(page / 64).ok().and_then(|index| self.words.get(index)) {
+                word.fetch_or(mask, Ordering::AcqRel);
+            }
+            page += n_bits;
+        }
+    }
+}
+
+/// The RAM of the one guest of this process.
+#[derive(Debug)]
+pub struct Ram {
+    layout: RamLayout,
+    base: *mut libc::c_void,
+    len: usize,
+    discarded: PageBitmap,
+    /// Held while a miss is filled and while pages are discarded: a page can't come back from the image
+    /// after it was given back.
+    fill: Mutex<()>,
+    pagemap: Pagemap,
+}
+
+// SAFETY: the pointer is an address range that belongs to this value until it is dropped; all access through
+// it is by raw copies that tolerate concurrent writes by the guest.
+unsafe impl Send for Ram {}
+// SAFETY: as above.
+unsafe impl Sync for Ram {}
+
+impl Ram {
+    /// Reserve address space, without memory.
+    ///
+    /// # Errors
+    /// Address space or `/proc` is missing.
+    pub fn reserve(layout: RamLayout) -> Result<Self, MemoryError> {
+        let len_bytes = layout.len_bytes();
+        let failed = |source| MemoryError::Reserve { len_bytes, source };
+        let len = usize::try_from(len_bytes).map_err(|_| failed(io::ErrorKind::OutOfMemory.into()))?;
+        let pagemap = Pagemap::open().map_err(MemoryError::Pagemap)?;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+        let base = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_NONE, flags, -1, 0) };
+        if base == libc::MAP_FAILED {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        Ok(Self {
+            discarded: PageBitmap::new(layout.n_pages()),
+            layout,
+            base,
+            len,
+            fill: Mutex::new(()),
+            pagemap,
+        })
+    }
+
+    /// Put empty memory under the reservation: zero when touched.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub fn map(&self) -> Result<(), MemoryError> {
+        let failed = || MemoryError::Map {
+            len_bytes: self.len as u64,
+            source: io::Error::last_os_error(),
+        };
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: `base..base+len` is our own reservation, so MAP_FIXED replaces nothing else.
+        let mapped = unsafe { libc::mmap(self.base, self.len, protection, flags, -1, 0) };
+        if mapped == libc::MAP_FAILED {
+            return Err(failed());
+        }
+        for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+            // SAFETY: the range is ours and mapped; this advice changes no contents.
+            if unsafe { libc::madvise(self.base, self.len, advice) } != 0 {
+                return Err(failed());
+            }
+        }
+        Ok(())
+    }
+
+    /// The memslots, to be registered over the reservation.
+    #[must_use]
+    pub fn slot_mappings(&self) -> Vec<SlotMapping> {
+        let slots = self.layout.slots().iter().zip(0u32..);
+        slots
+            .map(|(slot, number)| SlotMapping {
+                slot: number,
+                gpa: slot.gpa,
+                hva: self.hva(slot.ram_offset),
+                len_bytes: slot.len_bytes,
+            })
+            .collect()
+    }
+
+    /// The same memory for device models and loaders.
+    ///
+    /// # Errors
+    /// A region can't be described.
+    pub fn guest_memory(&self) -> Result<GuestMemory, MemoryError> {
+        let mut regions = Vec::new();
+        for slot in self.layout.slots() {
+            let failed = |reason: String| MemoryError::Region { gpa: slot.gpa, reason };
+            let len = usize::try_from(slot.len_bytes).map_err(|e| failed(e.to_string()))?;
+            // The builder keeps the pointer and unmaps nothing that it did not map itself.
+            let builder = MmapRegionBuilder::<()>::new(len)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
+            // SAFETY: the range is part of our reservation, which lives as long as the process in
+            // production; tests drop the guest memory before the RAM.
+            let builder = unsafe { builder.with_raw_mmap_pointer(self.hva(slot.ram_offset) as *mut u8) };
+            let mapping = builder.build().map_err(|e| failed(e.to_string()))?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(slot.gpa));
+            regions.push(region.ok_or_else(|| failed("address overflow".to_owned()))?);
+        }
+        GuestMemory::from_regions(regions).map_err(|e| MemoryError::Region {
+            gpa: 0,
+            reason: e.to_string(),
+        })
+    }
+
+    /// Where RAM is.
+    #[must_use]
+    pub fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    /// Host address of a RAM offset.
+    #[must_use]
+    pub fn hva(&self, ram_offset: u64) -> u64 {
+        self.base as u64 + ram_offset
+    }
+
+    /// RAM page of a host address.
+    #[must_use]
+    pub fn page_of(&self, hva: u64) -> Option<u64> {
+        let page = hva.checked_sub(self.base as u64)? / PAGE_BYTES;
+        (page < self.layout.n_pages()).then_some(page)
+    }
+
+    /// Copy whole pages out, beginning with page `first`. Waits for a fill if one is missing.
+    ///
+    /// # Panics
+    /// The range is not RAM: callers count pages of RAM.
+    pub fn copy_out(&self, first: u64, buffer: &mut [u8]) {
+        let offset = usize::try_from(first).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
+        let end = offset.saturating_add(buffer.len());
+        assert!(end <= self.len, "copy of RAM {offset:#x}..{end:#x} is outside of it");
+        // SAFETY: `offset` is inside the mapping, as just checked.
+        let source = unsafe { self.base.cast::<u8>().add(offset) };
+        // SAFETY: source and buffer are valid for the length and can't overlap: one is the mapping, the
+        // other a Rust allocation. The guest may write meanwhile; any bytes are valid.
+        unsafe { std::ptr::copy_nonoverlapping(source, buffer.as_mut_ptr(), buffer.len()) };
+    }
+
+    /// Ranges of pages that are present, in order.
+    ///
+    /// # Errors
+    /// The page map can't be read.
+    pub fn present(&self) -> io::Result<Vec<Range<u64>>> {
+        self.pagemap.present(self.base as u64, self.len as u64)
+    }
+
+    /// Whether the guest ever gave this page back.
+    #[must_use]
+    pub fn is_discarded(&self, page: u64) -> bool {
+        self.discarded.get(page)
+    }
+
+    /// The guest gave these pages back: free them, and never fill them from an image again. Ranges that are
+    /// not whole pages of RAM are cut or ignored: the guest says what it wants.
+    pub fn discard(&self, gpa: u64, len_bytes: u64) {
+        let aligned = gpa.next_multiple_of(PAGE_BYTES);
+        let len_bytes = len_bytes.saturating_sub(aligned - gpa) / PAGE_BYTES * PAGE_BYTES;
+        let Some(offset) = self.layout.ram_offset(aligned, len_bytes).filter(|_| len_bytes > 0) else {
+            return;
+        };
+        let Ok(len) = usize::try_from(len_bytes) else { return };
+        let _no_fill = self.fill.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.discarded.set(offset / PAGE_BYTES..(offset + len_bytes) / PAGE_BYTES);
+        let start = self.hva(offset) as *mut libc::c_void;
+        // SAFETY: the range is whole pages of our own private mapping; the guest gave up their contents.
+        let rc = unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) };
+        if rc != 0 {
+            // Present pages keep counting with their contents, so the image stays right; only memory is lost.
+            tracing::warn!(gpa, len_bytes, error = %io::Error::last_os_error(), "cannot free discarded pages");
+        }
+    }
+}
+
+impl Drop for Ram {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing uses it any more: KVM VM and guest memory go before it.
+        unsafe { libc::munmap(self.base, self.len) };
+    }
+}
+
+
+

@@ -1,0 +1,213 @@
+//! Hibernation images: one sparse file per machine, rewritten in place.
+//!
+//! The format is laid down in ARCHITECTURE.md ("Hibernation image"). [`Header`] can be read without decoding
+//! anything else; [`ImageFile`] reads pages and checks them; [`persist`] writes. Everything in a file is
+//! hostile until its checksum and its bounds were checked. No thread lives here.
+
+mod file;
+mod header;
+pub mod persist;
+mod working_set;
+
+pub use file::{ImageFile, PageError, PageSource, is_zero};
+pub use header::{Header, HeaderError, HostSignature, ImageLayout};
+pub use working_set::{Extent, decode_working_set, encode_working_set, merge_working_set};
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Version of the format: header, layout of guest memory and encoding of the state.
+pub const FORMAT_VERSION: u32 = 1;
+/// Room for the state.
+pub const VMSTATE_CAPACITY: u64 = 2 << 20;
+/// Room for the working set.
+pub const WORKING_SET_CAPACITY: u64 = 1 << 20;
+
+/// Why an image can't be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Reading failed.
+    #[error("cannot read {what} of the image")]
+    Read {
+        /// Which part.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The header is no valid header.
+    #[error("image header is unusable")]
+    Header(#[from] HeaderError),
+    /// A persist was cut short, or never came to its end.
+    #[error("image is not marked valid: its last persist did not end")]
+    Incomplete,
+    /// Not the generation that was asked for.
+    #[error("image has generation {found}, not {wanted}")]
+    Generation {
+        /// In the header.
+        found: u64,
+        /// Asked for.
+        wanted: u64,
+    },
+    /// Not the disk's generation that was asked for.
+    #[error("image belongs to disk generation {found}, not {wanted}")]
+    DiskGeneration {
+        /// In the header.
+        found: u64,
+        /// Asked for.
+        wanted: u64,
+    },
+    /// Another shape.
+    #[error("image is of {found_vcpus} vCPUs and {found_bytes} bytes of memory, the VM was prepared otherwise")]
+    Shape {
+        /// In the header.
+        found_vcpus: u32,
+        /// In the header.
+        found_bytes: u64,
+    },
+    /// Shorter than its header says.
+    #[error("image is {found} bytes long, not {wanted}")]
+    Length {
+        /// Length of the file.
+        found: u64,
+        /// What the header needs.
+        wanted: u64,
+    },
+    /// The state's checksum is wrong.
+    #[error("checksum of the machine state is {found:#010x}, not {wanted:#010x}")]
+    StateChecksum {
+        /// Computed.
+        found: u32,
+        /// In the header.
+        wanted: u32,
+    },
+    /// Made where this host can't go on.
+    #[error("image was made on {found}, this is {here}")]
+    Host {
+        /// In the header.
+        found: String,
+        /// This host.
+        here: String,
+    },
+}
+
+/// What an image must be for a restore.
+#[derive(Debug, Clone)]
+pub struct Expected {
+    /// Generation.
+    pub generation: u64,
+    /// Generation of the disk.
+    pub disk_generation: u64,
+    /// vCPUs of the prepared VM.
+    pub n_vcpus: u8,
+    /// Memory of the prepared VM in bytes.
+    pub mem_bytes: u64,
+    /// This host.
+    pub host: HostSignature,
+}
+
+/// An image that passed every check that needs no page of memory.
+#[derive(Debug)]
+pub struct OpenImage {
+    /// The file, for its pages.
+    pub file: ImageFile,
+    /// The encoded state.
+    pub vmstate: Vec<u8>,
+    /// The working set; empty if it is damaged, because it is only a hint.
+    pub working_set: Vec<Extent>,
+    /// The header.
+    pub header: Header,
+}
+
+/// Read an image's header, whatever else is in the file.
+///
+/// # Errors
+/// It can't be read, or it is no header.
+pub fn read_header(file: &File) -> Result<Header, OpenError> {
+    let mut bytes = [0; header::HEADER_LEN];
+    let failed = |source| OpenError::Read { what: "header", source };
+    file.read_exact_at(&mut bytes, 0).map_err(failed)?;
+    Ok(Header::decode(&bytes)?)
+}
+
+/// Check an image for a restore and read all of it but the pages.
+///
+/// # Errors
+/// Anything is not as expected; nothing was touched then.
+pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
+    let header = read_header(&file)?;
+    check(&header, expected)?;
+    let layout = header.layout()?;
+    let found = file.metadata().map_err(|source| OpenError::Read { what: "length", source })?.len();
+    if found < layout.file_len() {
+        return Err(OpenError::Length {
+            found,
+            wanted: layout.file_len(),
+        });
+    }
+    let mut vmstate = vec![0; header.vmstate_len as usize];
+    let failed = |source| OpenError::Read { what: "state", source };
+    file.read_exact_at(&mut vmstate, layout.vmstate_offset()).map_err(failed)?;
+    let sum = crc32c::crc32c(&vmstate);
+    if sum != header.vmstate_crc {
+        return Err(OpenError::StateChecksum {
+            found: sum,
+            wanted: header.vmstate_crc,
+        });
+    }
+    let mut encoded = vec![0; header.working_set_len as usize];
+    let failed = |source| OpenError::Read { what: "working set", source };
+    file.read_exact_at(&mut encoded, layout.working_set_offset()).map_err(failed)?;
+    let working_set = decode_working_set(&encoded, layout.n_pages()).unwrap_or_default();
+    let failed = |source| OpenError::Read { what: "identity", source };
+    let file = ImageFile::open(file, layout).map_err(failed)?;
+    Ok(OpenImage {
+        file,
+        vmstate,
+        working_set,
+        header,
+    })
+}
+
+fn check(header: &Header, expected: &Expected) -> Result<(), OpenError> {
+    if !header.valid {
+        return Err(OpenError::Incomplete);
+    }
+    if header.generation != expected.generation {
+        return Err(OpenError::Generation {
+            found: header.generation,
+            wanted: expected.generation,
+        });
+    }
+    if header.disk_generation != expected.disk_generation {
+        return Err(OpenError::DiskGeneration {
+            found: header.disk_generation,
+            wanted: expected.disk_generation,
+        });
+    }
+    if header.n_vcpus != u32::from(expected.n_vcpus) || header.mem_bytes != expected.mem_bytes {
+        return Err(OpenError::Shape {
+            found_vcpus: header.n_vcpus,
+            found_bytes: header.mem_bytes,
+        });
+    }
+    if header.host != expected.host {
+        return Err(OpenError::Host {
+            found: header.host.to_string(),
+            here: expected.host.to_string(),
+        });
+    }
+    Ok(())
+}
+
+impl OpenError {
+    /// Whether the image is sound and only not for this host or VMM.
+    #[must_use]
+    pub fn is_incompatible(&self) -> bool {
+        matches!(
+            self,
+            Self::Host { .. } | Self::Shape { .. } | Self::Header(HeaderError::Version { .. })
+        )
+    }
+}

@@ -1,0 +1,231 @@
+//! Pages of an image and their checksums.
+//!
+//! The table of checksums is read in blocks as they are needed: a wake touches few, and a machine with much
+//! memory has a large table. In memory it is kept in step with the file while a persist writes, so that a later
+//! persist, and the pages still to be filled from the file, go on from what the file really holds.
+
+use super::ImageLayout;
+use crate::layout::{PAGE_BYTES, PAGE_SIZE};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+/// Checksums of one block of the table, 4 KiB of it.
+const BLOCK_PAGES: u64 = 1024;
+
+/// Why a page can't be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PageError {
+    /// Reading failed.
+    #[error("cannot read pages {first}..{end} of the image")]
+    Read {
+        /// First page.
+        first: u64,
+        /// End.
+        end: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The checksum is wrong.
+    #[error("page {page} of the image has checksum {found:#010x}, not {wanted:#010x}")]
+    Checksum {
+        /// Which page.
+        page: u64,
+        /// Computed.
+        found: u32,
+        /// In the table.
+        wanted: u32,
+    },
+}
+
+/// Where missing pages come from.
+pub trait PageSource: Send + Sync + std::fmt::Debug {
+    /// Read whole pages, each checked.
+    ///
+    /// # Errors
+    /// A page can't be read, or is not what was written.
+    fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), PageError>;
+    /// These pages will be read soon.
+    fn will_need(&self, pages: Range<u64>);
+}
+
+/// Whether all bytes are zero.
+#[must_use]
+pub fn is_zero(bytes: &[u8]) -> bool {
+    // In blocks, so that the compiler makes vector code of the inner loop and the outer one can end early.
+    bytes.chunks(256).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+}
+
+/// CRC32C of a page of zeros.
+pub(super) fn zero_checksum() -> u32 {
+    static SUM: OnceLock<u32> = OnceLock::new();
+    *SUM.get_or_init(|| crc32c::crc32c(&[0; PAGE_SIZE]))
+}
+
+#[derive(Debug)]
+struct Block {
+    sums: Vec<AtomicU32>,
+    changed: AtomicBool,
+}
+
+/// An image file and the checksums of its pages.
+#[derive(Debug)]
+pub struct ImageFile {
+    file: File,
+    layout: ImageLayout,
+    identity: (u64, u64),
+    blocks: Vec<OnceLock<Block>>,
+    empty: bool,
+}
+
+impl ImageFile {
+    /// A file that holds an image.
+    ///
+    /// # Errors
+    /// It can't be examined.
+    pub fn open(file: File, layout: ImageLayout) -> io::Result<Self> {
+        Self::new(file, layout, false)
+    }
+
+    /// A file that holds no page yet: all are zero.
+    ///
+    /// # Errors
+    /// It can't be examined.
+    pub fn empty(file: File, layout: ImageLayout) -> io::Result<Self> {
+        Self::new(file, layout, true)
+    }
+
+    fn new(file: File, layout: ImageLayout, empty: bool) -> io::Result<Self> {
+        let n_blocks = usize::try_from(layout.n_pages().div_ceil(BLOCK_PAGES)).unwrap_or(0);
+        Ok(Self {
+            identity: identity(&file)?,
+            file,
+            layout,
+            blocks: (0..n_blocks).map(|_| OnceLock::new()).collect(),
+            empty,
+        })
+    }
+
+    /// Where the parts are.
+    #[must_use]
+    pub fn layout(&self) -> ImageLayout {
+        self.layout
+    }
+
+    /// Whether another descriptor is of the same file.
+    ///
+    /// # Errors
+    /// It can't be examined.
+    pub fn is_same_file(&self, other: &File) -> io::Result<bool> {
+        Ok(self.identity == identity(other)?)
+    }
+
+    fn block(&self, page: u64) -> io::Result<(&Block, usize)> {
+        let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+        let index = page / BLOCK_PAGES;
+        let slot = usize::try_from(index).ok().and_then(|i| self.blocks.get(i)).ok_or_else(outside)?;
+        let within = usize::try_from(page % BLOCK_PAGES).map_err(|_| outside())?;
+        if let Some(block) = slot.get() {
+            return Ok((block, within));
+        }
+        let block = self.load(index)?;
+        Ok((slot.get_or_init(|| block), within))
+    }
+
+    fn load(&self, index: u64) -> io::Result<Block> {
+        let n = (self.layout.n_pages() - index * BLOCK_PAGES).min(BLOCK_PAGES);
+        let mut bytes = vec![0; usize::try_from(n * 4).unwrap_or(0)];
+        let sums = if self.empty {
+            (0..n).map(|_| AtomicU32::new(zero_checksum())).collect()
+        } else {
+            let offset = self.layout.checksums_offset() + index * BLOCK_PAGES * 4;
+            self.file.read_exact_at(&mut bytes, offset)?;
+            let sum = |chunk: &[u8]| u32::from_le_bytes(chunk.try_into().unwrap_or_default());
+            bytes.chunks_exact(4).map(|chunk| AtomicU32::new(sum(chunk))).collect()
+        };
+        Ok(Block {
+            sums,
+            changed: AtomicBool::new(self.empty),
+        })
+    }
+
+    /// Checksum of a page as the file holds it.
+    pub(super) fn checksum(&self, page: u64) -> io::Result<u32> {
+        let (block, within) = self.block(page)?;
+        let sum = block.sums.get(within).ok_or(io::ErrorKind::InvalidInput)?;
+        Ok(sum.load(Ordering::Acquire))
+    }
+
+    /// The file is about to hold a page of this checksum.
+    pub(super) fn set_checksum(&self, page: u64, sum: u32) -> io::Result<()> {
+        let (block, within) = self.block(page)?;
+        let slot = block.sums.get(within).ok_or(io::ErrorKind::InvalidInput)?;
+        if slot.swap(sum, Ordering::AcqRel) != sum {
+            block.changed.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Write the blocks of the table that changed since they were last written; how many bytes.
+    ///
+    /// A block that can't be written counts as changed still.
+    pub(super) fn write_checksums(&self, target: &File) -> io::Result<u64> {
+        let mut n_bytes = 0;
+        for index in 0..self.blocks.len() as u64 {
+            if self.empty {
+                self.block(index * BLOCK_PAGES)?;
+            }
+            let slot = usize::try_from(index).ok().and_then(|i| self.blocks.get(i));
+            let Some(block) = slot.and_then(OnceLock::get) else { continue };
+            if !block.changed.load(Ordering::Acquire) {
+                continue;
+            }
+            let sums = block.sums.iter().map(|sum| sum.load(Ordering::Acquire));
+            let bytes: Vec<u8> = sums.flat_map(u32::to_le_bytes).collect();
+            target.write_all_at(&bytes, self.layout.checksums_offset() + index * BLOCK_PAGES * 4)?;
+            block.changed.store(false, Ordering::Release);
+            n_bytes += bytes.len() as u64;
+        }
+        Ok(n_bytes)
+    }
+
+    /// Read pages as they are, unchecked.
+    pub(super) fn read_raw(&self, first: u64, buffer: &mut [u8]) -> io::Result<()> {
+        self.file.read_exact_at(buffer, self.layout.page_offset(first))
+    }
+}
+
+impl PageSource for ImageFile {
+    fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), PageError> {
+        let end = first + (buffer.len() / PAGE_SIZE) as u64;
+        let failed = |source| PageError::Read { first, end, source };
+        self.read_raw(first, buffer).map_err(failed)?;
+        for (content, page) in buffer.chunks_exact(PAGE_SIZE).zip(first..) {
+            let wanted = self.checksum(page).map_err(failed)?;
+            let found = crc32c::crc32c(content);
+            if found != wanted {
+                return Err(PageError::Checksum { page, found, wanted });
+            }
+        }
+        Ok(())
+    }
+
+    fn will_need(&self, pages: Range<u64>) {
+        let offset = i64::try_from(self.layout.page_offset(pages.start));
+        let len = i64::try_from((pages.end - pages.start) * PAGE_BYTES);
+        if let (Ok(offset), Ok(len)) = (offset, len) {
+            let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+            // A hint: without it the reads are only slower.
+            let _ = nix::fcntl::posix_fadvise(&self.file, offset, len, advice);
+        }
+    }
+}
+
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}

@@ -1,0 +1,290 @@
+//! Writing a frozen machine to its image.
+//!
+//! Runs on one thread that only reads guest memory, so that a wake need not wait for it: it looks at the cancel
+//! flag between chunks and leaves the header invalid. Every chunk is copied out first, and checksum and file get
+//! the copy, so that even a page torn by a guest that runs again is stored with its own checksum; it is present
+//! in memory, and so is never read back.
+//!
+//! Order on disk: room is reserved; the valid flag is cleared, durably; pages, holes, checksums and state are
+//! written; all of it is made durable; the valid flag is set, durably.
+
+mod plan;
+
+pub use plan::Plan;
+
+use super::{Extent, Header, HeaderError, HostSignature, ImageFile, ImageLayout, PageError, PageSource};
+use super::{VMSTATE_CAPACITY, encode_working_set};
+use crate::layout::PAGE_SIZE;
+use crate::memory::Ram;
+use nix::fcntl::{FallocateFlags, fallocate};
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+use torpor_api::vmm::PersistStats;
+
+/// Pages handled between two looks at the cancel flag.
+pub(super) const CHUNK_PAGES: u64 = 256;
+
+/// Why there is no new image.
+#[derive(Debug, thiserror::Error)]
+pub enum PersistError {
+    /// A run ended it.
+    #[error("persist was cancelled by a run")]
+    Cancelled,
+    /// The file system has no room.
+    #[error("no room for the image: cannot {operation}")]
+    DiskFull {
+        /// What was tried.
+        operation: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Reading or writing failed.
+    #[error("cannot {operation}")]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A page that was never touched can't be taken over from the image that it is in.
+    #[error("cannot take over untouched pages")]
+    Source(#[from] PageError),
+    /// The state does not fit.
+    #[error("machine state of {len} bytes is over the limit of {VMSTATE_CAPACITY}")]
+    StateTooLarge {
+        /// Its length.
+        len: usize,
+    },
+    /// The header can't be made.
+    #[error("cannot encode the image header")]
+    Header(#[from] HeaderError),
+}
+
+fn failed(operation: &'static str) -> impl Fn(io::Error) -> PersistError {
+    move |source| match source.raw_os_error() {
+        Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => PersistError::DiskFull { operation, source },
+        _ => PersistError::Io { operation, source },
+    }
+}
+
+/// What goes into an image beside memory.
+#[derive(Debug, Clone)]
+pub struct Contents {
+    /// Generation that the image gets.
+    pub generation: u64,
+    /// Generation of the disk at the freeze.
+    pub disk_generation: u64,
+    /// Number of vCPUs.
+    pub n_vcpus: u8,
+    /// Encoded state.
+    pub vmstate: Vec<u8>,
+    /// Working set.
+    pub working_set: Vec<Extent>,
+    /// This host.
+    pub host: HostSignature,
+}
+
+/// Makes the disk durable; called once memory is written and before the image is marked valid.
+pub type FlushDisk = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+/// A persist, ready to run on a thread.
+pub struct Persist {
+    /// The frozen machine's memory.
+    pub ram: Arc<Ram>,
+    /// Where to write.
+    pub target: File,
+    /// What the target holds, with its checksums. Shared with the filling of missing pages if it is their file.
+    pub baseline: Arc<ImageFile>,
+    /// Where untouched pages are, if not in the target.
+    pub source: Option<Arc<ImageFile>>,
+    /// The target holds nothing of use yet.
+    pub fresh: bool,
+    /// The rest of the image.
+    pub contents: Contents,
+    /// Set to end it.
+    pub cancel: Arc<AtomicBool>,
+    /// The disk.
+    pub flush_disk: FlushDisk,
+}
+
+/// How a persist sees whether to go on.
+pub(super) fn check_cancel(cancel: &AtomicBool) -> Result<(), PersistError> {
+    if cancel.load(Ordering::Acquire) { Err(PersistError::Cancelled) } else { Ok(()) }
+}
+
+impl Persist {
+    /// Write the image.
+    ///
+    /// # Errors
+    /// The file then holds no valid image, or, if the error came before anything was written, still the old one.
+    pub fn run(self) -> Result<PersistStats, PersistError> {
+        let started = Instant::now();
+        let layout = self.baseline.layout();
+        if self.contents.vmstate.len() as u64 > VMSTATE_CAPACITY {
+            return Err(PersistError::StateTooLarge {
+                len: self.contents.vmstate.len(),
+            });
+        }
+        let plan = Plan::make(&self.ram, &self.baseline, self.source.as_deref(), self.fresh, &self.cancel)?;
+        self.reserve(layout, &plan)?;
+        check_cancel(&self.cancel)?;
+        let working_set = encode_working_set(&self.contents.working_set);
+        let mut header = self.header(&working_set)?;
+        self.write_header(&header)?;
+        self.target.sync_data().map_err(failed("clear the valid flag"))?;
+        let mut written_bytes = self.write_pages(&plan)?;
+        self.punch_holes(layout, &plan)?;
+        written_bytes += self.baseline.write_checksums(&self.target).map_err(failed("write checksums"))?;
+        for (bytes, offset, operation) in [
+            (&self.contents.vmstate, layout.vmstate_offset(), "write the machine state"),
+            (&working_set, layout.working_set_offset(), "write the working set"),
+        ] {
+            self.target.write_all_at(bytes, offset).map_err(failed(operation))?;
+            written_bytes += bytes.len() as u64;
+        }
+        check_cancel(&self.cancel)?;
+        (self.flush_disk)().map_err(failed("flush the disk"))?;
+        self.target.sync_data().map_err(failed("make the image durable"))?;
+        check_cancel(&self.cancel)?;
+        header.valid = true;
+        let page = header.encode()?;
+        self.target.write_all_at(&page, 0).map_err(failed("set the valid flag"))?;
+        self.target.sync_data().map_err(failed("set the valid flag"))?;
+        Ok(PersistStats {
+            generation: self.contents.generation,
+            disk_generation: self.contents.disk_generation,
+            present_pages: plan.present_pages,
+            written_pages: plan.written_pages(),
+            zero_pages: plan.zero_pages,
+            written_bytes: written_bytes + 2 * page.len() as u64,
+            durable_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+        })
+    }
+
+    fn header(&self, working_set: &[u8]) -> Result<Header, PersistError> {
+        let contents = &self.contents;
+        Ok(Header {
+            valid: false,
+            generation: contents.generation,
+            disk_generation: contents.disk_generation,
+            mem_bytes: self.ram.layout().len_bytes(),
+            n_vcpus: contents.n_vcpus.into(),
+            vmstate_len: u32::try_from(contents.vmstate.len()).unwrap_or(u32::MAX),
+            vmstate_crc: crc32c::crc32c(&contents.vmstate),
+            working_set_len: u32::try_from(working_set.len()).unwrap_or(u32::MAX),
+            host: contents.host.clone(),
+        })
+    }
+
+    fn write_header(&self, header: &Header) -> Result<(), PersistError> {
+        let page = header.encode()?;
+        self.target.write_all_at(&page, 0).map_err(failed("clear the valid flag"))
+    }
+
+    /// Have all room before the old image is given up.
+    fn reserve(&self, layout: ImageLayout, plan: &Plan) -> Result<(), PersistError> {
+        if self.fresh {
+            // Whatever the file held is not this machine's: no hole may show it.
+            self.target.set_len(0).map_err(failed("truncate the image"))?;
+        }
+        self.target.set_len(layout.file_len()).map_err(failed("size the image"))?;
+        self.allocate(0..layout.vmstate_offset() + self.contents.vmstate.len() as u64)?;
+        self.allocate(layout.checksums_offset()..layout.data_offset())?;
+        for pages in &plan.write {
+            check_cancel(&self.cancel)?;
+            self.allocate(layout.page_offset(pages.start)..layout.page_offset(pages.end))?;
+        }
+        Ok(())
+    }
+
+    fn allocate(&self, bytes: Range<u64>) -> Result<(), PersistError> {
+        match fallocate_range(&self.target, FallocateFlags::FALLOC_FL_KEEP_SIZE, &bytes) {
+            // A file system without preallocation: the write will tell.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            result => result.map_err(failed("reserve room for the image")),
+        }
+    }
+
+    fn write_pages(&self, plan: &Plan) -> Result<u64, PersistError> {
+        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(CHUNK_PAGES).unwrap_or(1)];
+        let layout = self.baseline.layout();
+        let mut written_bytes = 0;
+        for run in &plan.write {
+            for pages in chunks(run.clone()) {
+                check_cancel(&self.cancel)?;
+                let len = PAGE_SIZE * usize::try_from(pages.end - pages.start).unwrap_or(0);
+                let content = &mut buffer[..len];
+                self.content(plan, pages.clone(), content)?;
+                for (page, bytes) in pages.clone().zip(content.chunks_exact(PAGE_SIZE)) {
+                    let sum = crc32c::crc32c(bytes);
+                    self.baseline.set_checksum(page, sum).map_err(failed("note a checksum"))?;
+                }
+                let offset = layout.page_offset(pages.start);
+                self.target.write_all_at(content, offset).map_err(failed("write guest memory"))?;
+                written_bytes += content.len() as u64;
+            }
+        }
+        Ok(written_bytes)
+    }
+
+    /// Pages are written from memory if they are present, or else from the image that still has them.
+    fn content(&self, plan: &Plan, pages: Range<u64>, buffer: &mut [u8]) -> Result<(), PersistError> {
+        for (page, bytes) in pages.zip(buffer.chunks_exact_mut(PAGE_SIZE)) {
+            match &self.source {
+                Some(source) if !plan.is_present(page) => source.read(page, bytes)?,
+                _ => self.ram.copy_out(page, bytes),
+            }
+        }
+        Ok(())
+    }
+
+    fn punch_holes(&self, layout: ImageLayout, plan: &Plan) -> Result<(), PersistError> {
+        for pages in &plan.punch {
+            check_cancel(&self.cancel)?;
+            let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+            let bytes = layout.page_offset(pages.start)..layout.page_offset(pages.end);
+            match fallocate_range(&self.target, flags, &bytes) {
+                Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => self.write_zeros(&bytes)?,
+                result => result.map_err(failed("free zero pages of the image"))?,
+            }
+            for page in pages.clone() {
+                let sum = super::file::zero_checksum();
+                self.baseline.set_checksum(page, sum).map_err(failed("note a checksum"))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_zeros(&self, bytes: &Range<u64>) -> Result<(), PersistError> {
+        for offset in (bytes.start..bytes.end).step_by(PAGE_SIZE) {
+            self.target.write_all_at(&[0; PAGE_SIZE], offset).map_err(failed("zero pages of the image"))?;
+        }
+        Ok(())
+    }
+}
+
+fn fallocate_range(file: &File, flags: FallocateFlags, bytes: &Range<u64>) -> io::Result<()> {
+    let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let offset = i64::try_from(bytes.start).map_err(too_far)?;
+    let len = i64::try_from(bytes.end - bytes.start).map_err(too_far)?;
+    loop {
+        match fallocate(file, flags, offset, len) {
+            Err(nix::errno::Errno::EINTR) => {}
+            result => return result.map_err(io::Error::from),
+        }
+    }
+}
+
+/// A range in pieces of at most a chunk.
+pub(super) fn chunks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let step = usize::try_from(CHUNK_PAGES).unwrap_or(1);
+    let end = pages.end;
+    pages.step_by(step).map(move |from| from..(from + CHUNK_PAGES).min(end))
+}

@@ -1,0 +1,155 @@
+//! Which pages a persist writes and which it makes holes.
+//!
+//! A page that is present is compared with what the image holds. A page that is not present was not touched
+//! since the restore, and keeps what the image has, unless the guest gave it back, which makes it zero. So no
+//! log of writes is needed, and what devices wrote is seen like what the guest wrote.
+
+use super::{CHUNK_PAGES, PersistError, check_cancel, chunks, failed};
+use crate::image::{ImageFile, PageSource, is_zero};
+use crate::layout::PAGE_SIZE;
+use crate::memory::Ram;
+use std::ops::Range;
+use std::sync::atomic::AtomicBool;
+
+/// What to write.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// Pages to be written, in order.
+    pub write: Vec<Range<u64>>,
+    /// Pages to be made holes, in order.
+    pub punch: Vec<Range<u64>>,
+    /// Pages present in memory.
+    pub present_pages: u64,
+    /// Pages of those that are all zero.
+    pub zero_pages: u64,
+    present: Vec<Range<u64>>,
+    fresh: bool,
+}
+
+impl Plan {
+    /// Compare memory with the image.
+    ///
+    /// # Errors
+    /// Cancelled, or the image can't be read.
+    pub fn make(
+        ram: &Ram,
+        baseline: &ImageFile,
+        source: Option<&ImageFile>,
+        fresh: bool,
+        cancel: &AtomicBool,
+    ) -> Result<Self, PersistError> {
+        let mut plan = Self {
+            present: ram.present().map_err(failed("find present pages"))?,
+            fresh,
+            ..Self::default()
+        };
+        let mut buffers = Buffers::new();
+        let mut from = 0;
+        for pages in plan.present.clone() {
+            plan.absent(ram, source, from..pages.start, &mut buffers, cancel)?;
+            for chunk in chunks(pages.clone()) {
+                check_cancel(cancel)?;
+                plan.present_chunk(ram, baseline, chunk, &mut buffers)?;
+            }
+            plan.present_pages += pages.end - pages.start;
+            from = pages.end;
+        }
+        plan.absent(ram, source, from..ram.layout().n_pages(), &mut buffers, cancel)?;
+        Ok(plan)
+    }
+
+    /// Pages to be written.
+    #[must_use]
+    pub fn written_pages(&self) -> u64 {
+        self.write.iter().map(|pages| pages.end - pages.start).sum()
+    }
+
+    /// Whether a page was present when the plan was made.
+    #[must_use]
+    pub fn is_present(&self, page: u64) -> bool {
+        let after = self.present.partition_point(|range| range.end <= page);
+        self.present.get(after).is_some_and(|range| range.contains(&page))
+    }
+
+    fn present_chunk(
+        &mut self,
+        ram: &Ram,
+        baseline: &ImageFile,
+        pages: Range<u64>,
+        buffers: &mut Buffers,
+    ) -> Result<(), PersistError> {
+        let len = PAGE_SIZE * usize::try_from(pages.end - pages.start).unwrap_or(0);
+        ram.copy_out(pages.start, &mut buffers.new[..len]);
+        let mut old_is_read = None;
+        for (page, at) in pages.clone().zip((0..len).step_by(PAGE_SIZE)) {
+            let bytes = &buffers.new[at..at + PAGE_SIZE];
+            let zero = is_zero(bytes);
+            self.zero_pages += u64::from(zero);
+            // A fresh file is all zeros; otherwise equal checksums do not make equal pages.
+            let same = if self.fresh {
+                zero
+            } else if baseline.checksum(page).map_err(failed("read checksums of the image"))? == crc32c::crc32c(bytes) {
+                // Where the old page can't be read, the new one is written.
+                let read = || baseline.read_raw(pages.start, &mut buffers.old[..len]).is_ok();
+                *old_is_read.get_or_insert_with(read) && buffers.old[at..at + PAGE_SIZE] == *bytes
+            } else {
+                false
+            };
+            match (same, zero) {
+                (true, _) => {}
+                (false, true) => push(&mut self.punch, page..page + 1),
+                (false, false) => push(&mut self.write, page..page + 1),
+            }
+        }
+        Ok(())
+    }
+
+    fn absent(
+        &mut self,
+        ram: &Ram,
+        source: Option<&ImageFile>,
+        pages: Range<u64>,
+        buffers: &mut Buffers,
+        cancel: &AtomicBool,
+    ) -> Result<(), PersistError> {
+        for chunk in chunks(pages) {
+            check_cancel(cancel)?;
+            for page in chunk.clone() {
+                if ram.is_discarded(page) {
+                    push(&mut self.punch, page..page + 1);
+                }
+            }
+            let Some(source) = source else { continue };
+            for page in chunk.filter(|page| !ram.is_discarded(*page)) {
+                let content = &mut buffers.old[..PAGE_SIZE];
+                source.read(page, content)?;
+                if !is_zero(content) {
+                    push(&mut self.write, page..page + 1);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+struct Buffers {
+    new: Vec<u8>,
+    old: Vec<u8>,
+}
+
+impl Buffers {
+    fn new() -> Self {
+        let len = PAGE_SIZE * usize::try_from(CHUNK_PAGES).unwrap_or(1);
+        Self {
+            new: vec![0; len],
+            old: vec![0; len],
+        }
+    }
+}
+
+fn push(ranges: &mut Vec<Range<u64>>, next: Range<u64>) {
+    match ranges.last_mut() {
+        Some(last) if last.end == next.start => last.end = next.end,
+        _ => ranges.push(next),
+    }
+}

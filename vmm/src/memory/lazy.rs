@@ -1,0 +1,368 @@
+//! RAM that is filled from a hibernation image when it is touched.
+//!
+//! One thread reads page faults from userfaultfd and fills a window of pages around each; a restore fills the
+//! working set in bulk before the vCPUs run. A page is copied in only after its checksum was found right. If
+//! it can't be read or is wrong, the failure callback is called and must not return in production: the vCPU
+//! that waits for the page never goes on (fail closed).
+//!
+//! The working set is what is recorded here: the windows filled by faults, in order, until the first response
+//! byte left.
+
+use super::{MemoryError, Ram, PageBitmap};
+use crate::image::{Extent, PageSource, is_zero};
+use crate::layout::{PAGE_BYTES, PAGE_SIZE};
+use crate::sys::process::as_fd;
+use crate::sys::uffd::{Filled, Uffd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use vmm_sys_util::eventfd::EventFd;
+
+/// Pages filled around a fault.
+pub const WINDOW_PAGES: u64 = 16;
+/// Pages filled with one read in a prefetch.
+pub const BATCH_PAGES: u64 = 256;
+
+/// A page that can't be given to the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum FillError {
+    /// Reading or checking the image failed.
+    #[error("cannot fill guest pages {first}..{end}")]
+    Source {
+        /// First page.
+        first: u64,
+        /// End.
+        end: u64,
+        /// Why.
+        #[source]
+        source: crate::image::PageError,
+    },
+    /// userfaultfd failed.
+    #[error("cannot place guest pages {first}..{end}")]
+    Place {
+        /// First page.
+        first: u64,
+        /// End.
+        end: u64,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Reading events failed.
+    #[error("cannot read page faults")]
+    Events(#[source] std::io::Error),
+    /// A fault where no RAM is.
+    #[error("page fault at {address:#x}, which is not guest memory")]
+    Stray {
+        /// Host address.
+        address: u64,
+    },
+}
+
+/// Called when a page can't be given to the guest.
+pub type FailureSink = Box<dyn Fn(FillError) + Send>;
+
+/// Faults and pages so far.
+#[derive(Debug, Default)]
+pub struct FillCounters {
+    faults: AtomicU64,
+    faults_first_byte: AtomicU64,
+    pages: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Shared {
+    ram: Arc<Ram>,
+    uffd: Uffd,
+    source: Arc<dyn PageSource>,
+    filled: PageBitmap,
+    recorded: Mutex<Option<Vec<Extent>>>,
+    counters: FillCounters,
+}
+
+/// The filling of one RAM.
+#[derive(Debug)]
+pub struct LazyMemory {
+    shared: Arc<Shared>,
+    stop: EventFd,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl LazyMemory {
+    /// Register mapped, untouched RAM and start the thread.
+    ///
+    /// # Errors
+    /// userfaultfd or the thread could not be had.
+    pub fn start(
+        ram: Arc<Ram>,
+        uffd: Uffd,
+        source: Arc<dyn PageSource>,
+        on_failure: FailureSink,
+    ) -> Result<Self, MemoryError> {
+        let register = |source| MemoryError::Uffd {
+            operation: "register guest memory",
+            source,
+        };
+        uffd.register(ram.hva(0), ram.layout().len_bytes()).map_err(register)?;
+        let shared = Arc::new(Shared {
+            filled: PageBitmap::new(ram.layout().n_pages()),
+            ram,
+            uffd,
+            source,
+            recorded: Mutex::new(Some(Vec::new())),
+            counters: FillCounters::default(),
+        });
+        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MemoryError::Thread)?;
+        let thread_stop = stop.try_clone().map_err(MemoryError::Thread)?;
+        let served = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("page-faults".to_owned())
+            .spawn(move || {
+                if let Err(error) = served.serve(&thread_stop) {
+                    on_failure(error);
+                }
+            })
+            .map_err(MemoryError::Thread)?;
+        Ok(Self {
+            shared,
+            stop,
+            thread: Some(thread),
+        })
+    }
+
+    /// Fill pages ahead of their first touch; how many there were.
+    ///
+    /// # Errors
+    /// A page can't be read or is wrong.
+    pub fn prefetch(&self, extents: &[Extent]) -> Result<u64, FillError> {
+        let n_pages = self.shared.ram.layout().n_pages();
+        let mut ranges: Vec<Range<u64>> = extents.iter().map(|e| e.pages(n_pages)).collect();
+        ranges.sort_unstable_by_key(|range| range.start);
+        for range in &ranges {
+            self.shared.source.will_need(range.clone());
+        }
+        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(BATCH_PAGES).unwrap_or(1)];
+        let mut filled = 0;
+        let mut done_to = 0;
+        for range in ranges {
+            let mut from = range.start.max(done_to);
+            done_to = done_to.max(range.end);
+            while from < range.end {
+                let to = range.end.min(from + BATCH_PAGES);
+                filled += self.shared.fill(from..to, &mut buffer)?;
+                from = to;
+            }
+        }
+        Ok(filled)
+    }
+
+    /// The first response byte left: what was filled up to here, which this returns, is the working set.
+    #[must_use]
+    pub fn first_byte(&self) -> Vec<Extent> {
+        let counters = &self.shared.counters;
+        let faults = counters.faults.load(Ordering::Relaxed);
+        let _ = counters.faults_first_byte.compare_exchange(0, faults, Ordering::Relaxed, Ordering::Relaxed);
+        self.shared.stop_recording()
+    }
+
+    /// Windows filled by faults up to the first byte, in order of the first touch. Ends the recording.
+    #[must_use]
+    pub fn take_recorded(&self) -> Vec<Extent> {
+        self.shared.stop_recording()
+    }
+
+    /// Faults served, the same up to the first byte, and pages filled.
+    #[must_use]
+    pub fn counts(&self) -> (u64, u64, u64) {
+        let counters = &self.shared.counters;
+        (
+            counters.faults.load(Ordering::Relaxed),
+            counters.faults_first_byte.load(Ordering::Relaxed),
+            counters.pages.load(Ordering::Relaxed),
+        )
+    }
+}
+
+impl Drop for LazyMemory {
+    fn drop(&mut self) {
+        let stopped = self.stop.write(1).is_ok();
+        if let Some(thread) = self.thread.take().filter(|_| stopped) {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn serve(&self, stop: &EventFd) -> Result<(), FillError> {
+        let mut addresses = Vec::new();
+        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(WINDOW_PAGES).unwrap_or(1)];
+        loop {
+            addresses.clear();
+            self.uffd.read_faults(&mut addresses).map_err(FillError::Events)?;
+            if addresses.is_empty() {
+                if wait(&self.uffd, stop).map_err(|e| FillError::Events(e.into()))? {
+                    return Ok(());
+                }
+                continue;
+            }
+            for &address in &addresses {
+                self.serve_fault(address, &mut buffer)?;
+            }
+        }
+    }
+
+    fn serve_fault(&self, address: u64, buffer: &mut [u8]) -> Result<(), FillError> {
+        let page = self.ram.page_of(address).ok_or(FillError::Stray { address })?;
+        self.counters.faults.fetch_add(1, Ordering::Relaxed);
+        let start = page / WINDOW_PAGES * WINDOW_PAGES;
+        let window = start..(start + WINDOW_PAGES).min(self.ram.layout().n_pages());
+        let n_filled = self.fill(window.clone(), buffer)?;
+        if n_filled > 0 {
+            self.record(&window);
+        }
+        // Another vCPU's fault may have brought the page between this fault and now: nobody else wakes it.
+        self.uffd.wake(self.ram.hva(page * PAGE_BYTES), PAGE_BYTES).map_err(|source| FillError::Place {
+            first: page,
+            end: page + 1,
+            source,
+        })
+    }
+
+    fn record(&self, window: &Range<u64>) {
+        let mut recorded = self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if let Some(extents) = recorded.as_mut() {
+            extents.extend(Extent::new(window.clone()));
+        }
+    }
+
+    fn stop_recording(&self) -> Vec<Extent> {
+        let mut recorded = self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        recorded.take().unwrap_or_default()
+    }
+
+    /// Fill the missing pages of a range that fits the buffer.
+    fn fill(&self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
+        let _no_discard = self.ram.fill.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut n_filled = 0;
+        let mut page = pages.start;
+        while page < pages.end {
+            let kind = self.kind(page);
+            let end = (page + 1..pages.end).find(|next| self.kind(*next) != kind).unwrap_or(pages.end);
+            match kind {
+                Kind::Filled => {}
+                // May be present: it was touched again after it was given back.
+                Kind::Discarded => self.place_zeros(page..end)?,
+                Kind::InImage => {
+                    self.fill_from_source(page..end, buffer)?;
+                    n_filled += end - page;
+                }
+            }
+            page = end;
+        }
+        self.counters.pages.fetch_add(n_filled, Ordering::Relaxed);
+        Ok(n_filled)
+    }
+
+    fn kind(&self, page: u64) -> Kind {
+        if self.ram.is_discarded(page) {
+            Kind::Discarded
+        } else if self.filled.get(page) {
+            Kind::Filled
+        } else {
+            Kind::InImage
+        }
+    }
+
+    fn fill_from_source(&self, pages: Range<u64>, buffer: &mut [u8]) -> Result<(), FillError> {
+        let len = usize::try_from(pages.end - pages.start).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
+        let buffer = &mut buffer[..len];
+        let failed = |source| FillError::Source {
+            first: pages.start,
+            end: pages.end,
+            source,
+        };
+        self.source.read(pages.start, buffer).map_err(failed)?;
+        let mut page = pages.start;
+        for run in runs(buffer) {
+            let end = page + (run.bytes.len() / PAGE_SIZE) as u64;
+            if run.zero {
+                self.place_zeros(page..end)?;
+            } else {
+                self.place(page..end, Some(run.bytes))?;
+            }
+            page = end;
+        }
+        self.filled.set(pages);
+        Ok(())
+    }
+
+    fn place_zeros(&self, pages: Range<u64>) -> Result<(), FillError> {
+        self.place(pages, None)
+    }
+
+    /// Put data, or zeros, at pages of which some may be present already; those keep what they have.
+    fn place(&self, pages: Range<u64>, data: Option<&[u8]>) -> Result<(), FillError> {
+        let failed = |source| FillError::Place {
+            first: pages.start,
+            end: pages.end,
+            source,
+        };
+        let start = self.ram.hva(pages.start * PAGE_BYTES);
+        let len = (pages.end - pages.start) * PAGE_BYTES;
+        let mut done = 0;
+        while done < len {
+            let filled = match data {
+                Some(data) => {
+                    let from = usize::try_from(done).unwrap_or(usize::MAX).min(data.len());
+                    self.uffd.copy(start + done, &data[from..])
+                }
+                None => self.uffd.zero(start + done, len - done),
+            };
+            match filled.map_err(failed)? {
+                Filled::All => break,
+                Filled::UpToPresent(n) => done += n + PAGE_BYTES,
+                Filled::Retry(n) => done += n,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Filled,
+    Discarded,
+    InImage,
+}
+
+struct Run<'a> {
+    bytes: &'a [u8],
+    zero: bool,
+}
+
+/// Runs of pages that are all zero, or all not.
+fn runs(mut rest: &[u8]) -> impl Iterator<Item = Run<'_>> {
+    std::iter::from_fn(move || {
+        let zero = is_zero(rest.get(..PAGE_SIZE)?);
+        let n_same = rest.chunks_exact(PAGE_SIZE).take_while(|page| is_zero(page) == zero).count();
+        let (bytes, after) = rest.split_at(n_same * PAGE_SIZE);
+        rest = after;
+        Some(Run { bytes, zero })
+    })
+}
+
+/// Wait for a fault; true if it is time to stop.
+fn wait(uffd: &Uffd, stop: &EventFd) -> nix::Result<bool> {
+    let mut fds = [
+        PollFd::new(uffd.as_fd(), PollFlags::POLLIN),
+        PollFd::new(as_fd(stop), PollFlags::POLLIN),
+    ];
+    match poll(&mut fds, PollTimeout::NONE) {
+        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+        Err(error) => return Err(error),
+    }
+    Ok(fds[1].any().unwrap_or(false))
+}

@@ -1,0 +1,141 @@
+//! Which system calls the process may make once the VM is built.
+//!
+//! Everything it needs comes by file descriptor, so opening files, making sockets and running programs are not on
+//! the list. A call that is not on it ends the process.
+
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use std::collections::BTreeMap;
+
+/// Why the process is not locked in.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// The list can't be made a program.
+    #[error("cannot compile the seccomp filter")]
+    Compile(#[source] seccompiler::BackendError),
+    /// The kernel refused it.
+    #[error("cannot apply the seccomp filter")]
+    Apply(#[source] seccompiler::Error),
+}
+
+/// Allowed for every thread.
+const ALLOWED: &[libc::c_long] = &[
+    // Files and sockets that are open already.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_lseek,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_ftruncate,
+    libc::SYS_fallocate,
+    libc::SYS_fadvise64,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_ioctl,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_accept4,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockname,
+    // Waiting.
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+    libc::SYS_futex,
+    libc::SYS_nanosleep,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_clock_gettime,
+    libc::SYS_sched_yield,
+    libc::SYS_restart_syscall,
+    // Memory and threads.
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_brk,
+    libc::SYS_clone3,
+    libc::SYS_clone,
+    libc::SYS_rseq,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigaction,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_prctl,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_tgkill,
+    libc::SYS_getrandom,
+    libc::SYS_uname,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+fn program() -> Result<BpfProgram, SeccompError> {
+    let rules: BTreeMap<i64, Vec<_>> = ALLOWED.iter().map(|number| (*number, Vec::new())).collect();
+    let arch = std::env::consts::ARCH.try_into().map_err(SeccompError::Compile)?;
+    let filter = SeccompFilter::new(rules, SeccompAction::KillProcess, SeccompAction::Allow, arch);
+    filter.and_then(BpfProgram::try_from).map_err(SeccompError::Compile)
+}
+
+/// Lock in every thread of the process, and those to come.
+///
+/// # Errors
+/// The kernel has no seccomp.
+pub fn confine() -> Result<(), SeccompError> {
+    seccompiler::apply_filter_all_threads(&program()?).map_err(SeccompError::Apply)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_filter_compiles_and_is_short_enough_for_the_kernel() {
+        let program = program().unwrap();
+        assert!(program.len() > ALLOWED.len() && program.len() < 4096);
+    }
+
+    #[test]
+    fn nothing_that_opens_or_runs_a_program_is_allowed() {
+        for number in [
+            libc::SYS_open,
+            libc::SYS_openat,
+            libc::SYS_openat2,
+            libc::SYS_execve,
+            libc::SYS_execveat,
+            libc::SYS_socket,
+            libc::SYS_connect,
+            libc::SYS_ptrace,
+            libc::SYS_process_vm_writev,
+            libc::SYS_mount,
+            libc::SYS_setuid,
+        ] {
+            assert!(!ALLOWED.contains(&number), "{number}");
+        }
+    }
+}

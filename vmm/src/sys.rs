@@ -1,0 +1,6 @@
+//! System calls and ioctls that need `unsafe`, each behind a safe function or a type that owns what it maps.
+
+pub mod kvm;
+pub mod pagemap;
+pub mod process;
+pub mod uffd;

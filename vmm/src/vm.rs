@@ -1,0 +1,353 @@
+//! The one virtual machine of this process: owner of everything, and its state machine.
+//!
+//! ```text
+//! Blank --prepare--> Blank --boot|restore--> Running --freeze--> Frozen --persist--> Persisting --> Durable
+//!                                               ^                   |                     |            |
+//!                                               +-------- run ------+---------------------+------------+
+//! ```
+//! All of it is called from the control thread. The other threads are the vCPUs', the devices', the one that
+//! fills memory, and, while `Persisting`, the one that writes. They report by [`VmEvent`].
+//!
+//! Invariants: devices run only while vCPUs may; the state in an image is that of the freeze; a persist that was
+//! cancelled may still be running when the guest is, and is joined before the next one begins.
+
+mod build;
+mod error;
+mod restore;
+
+pub use build::{Files, Prepared};
+pub use error::{VmError, chain};
+pub use restore::RestoreRequest;
+
+use crate::arch::{self, VcpuState, VmState};
+use crate::devices::{DeviceSet, DevicesState};
+use crate::image::persist::{Contents, FlushDisk, Persist, PersistError};
+use crate::image::{Extent, HostSignature, ImageFile, ImageLayout, merge_working_set};
+use crate::layout::PAGE_SIZE;
+use crate::memory::{Backing, Ram};
+use crate::vcpu::Vcpu;
+use kvm_ioctls::VmFd;
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread::JoinHandle;
+use std::time::Instant;
+use torpor_api::vmm::{Counters, ExitReason, PersistStats, Shape, VmmState};
+
+/// What other threads tell the control thread.
+#[derive(Debug)]
+pub enum VmEvent {
+    /// The guest ended.
+    GuestEnded(ExitReason),
+    /// A persist ended.
+    PersistEnded {
+        /// Which.
+        job: u64,
+        /// How.
+        result: Result<PersistStats, PersistError>,
+    },
+}
+
+/// Where those reports go; callable from any thread.
+pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
+
+/// Everything of a frozen machine but its memory, as it is encoded in an image.
+#[derive(Debug, Serialize, Deserialize)]
+struct MachineState {
+    vm: VmState,
+    vcpus: Vec<VcpuState>,
+    devices: DevicesState,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Running,
+    Frozen,
+    Persisting {
+        job: u64,
+        cancel: Arc<AtomicBool>,
+        /// Becomes the baseline if the persist ends well.
+        baseline: Arc<ImageFile>,
+    },
+    Durable,
+    Exited,
+}
+
+/// A machine with memory.
+pub struct Vm {
+    // Dropped in this order: vCPU threads end before what they use.
+    vcpus: Vec<Vcpu>,
+    devices: Arc<RwLock<DeviceSet>>,
+    backing: Backing,
+    ram: Arc<Ram>,
+    vm_fd: VmFd,
+    shape: Shape,
+    host: HostSignature,
+    events: EventSink,
+    phase: Phase,
+    /// Encoded state and disk generation of the last freeze.
+    frozen: Option<(Vec<u8>, u64)>,
+    /// The file that a persist rewrites in place, with its checksums.
+    baseline: Option<Arc<ImageFile>>,
+    /// The file that untouched pages are in.
+    restored_from: Option<Arc<ImageFile>>,
+    previous_working_set: Vec<Extent>,
+    touched: Vec<Extent>,
+    writer: Option<JoinHandle<()>>,
+    n_jobs: u64,
+    persisted: Option<PersistStats>,
+}
+
+impl Vm {
+    /// Where it stands.
+    #[must_use]
+    pub fn state(&self) -> VmmState {
+        match self.phase {
+            Phase::Running => VmmState::Running,
+            Phase::Frozen => VmmState::Frozen,
+            Phase::Persisting { .. } => VmmState::Persisting,
+            Phase::Durable => VmmState::Durable,
+            Phase::Exited => VmmState::Exited,
+        }
+    }
+
+    /// What it was built as.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    /// The last persist that ended well.
+    #[must_use]
+    pub fn persisted(&self) -> Option<PersistStats> {
+        self.persisted
+    }
+
+    /// Counters of this execution.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let (uffd_faults, uffd_faults_first_byte, pages_filled) = match &self.backing {
+            Backing::Anonymous => (0, 0, 0),
+            Backing::Lazy(lazy) => lazy.counts(),
+        };
+        let devices = self.read_devices().counters();
+        Counters {
+            uffd_faults,
+            uffd_faults_first_byte,
+            pages_filled,
+            net_rx_bytes: devices.net_rx_bytes,
+            net_tx_bytes: devices.net_tx_bytes,
+            disk_read_bytes: devices.disk_read_bytes,
+            disk_written_bytes: devices.disk_written_bytes,
+        }
+    }
+
+    fn read_devices(&self) -> RwLockReadGuard<'_, DeviceSet> {
+        self.devices.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_devices(&self) -> RwLockWriteGuard<'_, DeviceSet> {
+        self.devices.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn expect(&self, allowed: bool, operation: &'static str) -> Result<(), VmError> {
+        if allowed {
+            return Ok(());
+        }
+        Err(VmError::NotInThisState {
+            operation,
+            state: self.state(),
+        })
+    }
+
+    /// Stop the vCPUs, hold the devices still and take their state. No I/O.
+    ///
+    /// # Errors
+    /// Not running, or KVM refused; then the process is of no further use.
+    pub fn freeze(&mut self) -> Result<u64, VmError> {
+        self.expect(matches!(self.phase, Phase::Running), "freeze")?;
+        let started = Instant::now();
+        self.stop()?;
+        let state = MachineState {
+            vm: arch::save_vm(&self.vm_fd)?,
+            vcpus: self.save_vcpus()?,
+            devices: self.read_devices().save(),
+        };
+        let encoded = postcard::to_stdvec(&state).map_err(VmError::EncodeState)?;
+        let disk_generation = self.read_devices().disk_generation();
+        self.frozen = Some((encoded, disk_generation));
+        self.phase = Phase::Frozen;
+        Ok(micros(started))
+    }
+
+    fn stop(&self) -> Result<(), VmError> {
+        for vcpu in &self.vcpus {
+            vcpu.request_stop();
+        }
+        for vcpu in &self.vcpus {
+            vcpu.stopped()?;
+        }
+        self.write_devices().freeze();
+        Ok(())
+    }
+
+    fn save_vcpus(&self) -> Result<Vec<VcpuState>, VmError> {
+        for vcpu in &self.vcpus {
+            vcpu.save()?;
+        }
+        Ok(self.vcpus.iter().map(Vcpu::saved).collect::<Result<_, _>>()?)
+    }
+
+    /// Run a machine that is frozen in any way; whether a persist was ended by it, and how long it took.
+    ///
+    /// # Errors
+    /// It is running, or ended.
+    pub fn run(&mut self) -> Result<(bool, u64), VmError> {
+        let started = Instant::now();
+        let persist_cancelled = match &self.phase {
+            Phase::Running | Phase::Exited => return self.expect(false, "run").map(|()| (false, 0)),
+            Phase::Frozen | Phase::Durable => false,
+            Phase::Persisting { cancel, .. } => {
+                cancel.store(true, Ordering::Release);
+                true
+            }
+        };
+        self.write_devices().thaw();
+        for vcpu in &self.vcpus {
+            vcpu.run()?;
+        }
+        self.phase = Phase::Running;
+        Ok((persist_cancelled, micros(started)))
+    }
+
+    /// Start writing the frozen machine to an image.
+    ///
+    /// # Errors
+    /// Not frozen, or the file can't be used.
+    pub fn persist(&mut self, target: File, generation: u64) -> Result<(), VmError> {
+        self.expect(matches!(self.phase, Phase::Frozen), "persist")?;
+        // A cancelled one may still be on its way out.
+        if let Some(writer) = self.writer.take() {
+            let _ = writer.join();
+        }
+        let (vmstate, disk_generation) = self.frozen.clone().ok_or(VmError::NothingFrozen)?;
+        if let Backing::Lazy(lazy) = &self.backing {
+            self.touched.extend(lazy.take_recorded());
+        }
+        let in_place = self.in_place(&target)?;
+        let fresh = in_place.is_none();
+        let baseline = match in_place {
+            Some(baseline) => baseline,
+            None => {
+                let layout = ImageLayout::new(self.ram.layout().len_bytes());
+                let file = target.try_clone().map_err(VmError::ImageFile)?;
+                Arc::new(ImageFile::empty(file, layout).map_err(VmError::ImageFile)?)
+            }
+        };
+        let cancel = Arc::new(AtomicBool::new(false));
+        let persist = Persist {
+            ram: Arc::clone(&self.ram),
+            target,
+            source: self.restored_from.clone().filter(|_| fresh),
+            fresh,
+            contents: Contents {
+                generation,
+                disk_generation,
+                n_vcpus: self.shape.vcpus,
+                vmstate,
+                working_set: merge_working_set(&self.previous_working_set, &self.touched, generation),
+                host: self.host.clone(),
+            },
+            cancel: Arc::clone(&cancel),
+            flush_disk: self.disk_flush(),
+            baseline: Arc::clone(&baseline),
+        };
+        self.n_jobs += 1;
+        let job = self.n_jobs;
+        let events = Arc::clone(&self.events);
+        let writer = std::thread::Builder::new().name("persist".to_owned()).spawn(move || {
+            let result = persist.run();
+            events(VmEvent::PersistEnded { job, result });
+        });
+        self.writer = Some(writer.map_err(VmError::Thread)?);
+        self.phase = Phase::Persisting { job, cancel, baseline };
+        Ok(())
+    }
+
+    /// A persist thread reported. What the control connection is to be told, if that persist still counts.
+    ///
+    /// # Errors
+    /// The guest could not be run again after a failure.
+    pub fn persist_ended(
+        &mut self,
+        job: u64,
+        result: Result<PersistStats, PersistError>,
+    ) -> Result<Option<Result<PersistStats, PersistError>>, VmError> {
+        let baseline = match &self.phase {
+            Phase::Persisting { job: current, baseline, .. } if *current == job => Arc::clone(baseline),
+            _ => return Ok(None),
+        };
+        if let Ok(stats) = &result {
+            self.phase = Phase::Durable;
+            self.baseline = Some(baseline);
+            self.persisted = Some(*stats);
+        } else {
+            self.run()?;
+        }
+        Ok(Some(result))
+    }
+
+    /// The first response byte left.
+    pub fn first_byte(&mut self) {
+        if let Backing::Lazy(lazy) = &self.backing {
+            self.touched.extend(lazy.first_byte());
+        }
+    }
+
+    /// Write all of guest memory, in order of RAM offsets.
+    ///
+    /// # Errors
+    /// Not frozen, or writing failed.
+    pub fn dump(&self, mut target: File) -> Result<(), VmError> {
+        self.expect(!matches!(self.phase, Phase::Running | Phase::Exited), "dump")?;
+        let mut buffer = vec![0; 256 * PAGE_SIZE];
+        let n_pages = self.ram.layout().n_pages();
+        for first in (0..n_pages).step_by(256) {
+            let n = usize::try_from((n_pages - first).min(256)).unwrap_or(0);
+            self.ram.copy_out(first, &mut buffer[..n * PAGE_SIZE]);
+            target.write_all(&buffer[..n * PAGE_SIZE]).map_err(VmError::Dump)?;
+        }
+        Ok(())
+    }
+
+    /// The guest ended by itself: bring its disk to rest.
+    pub fn end(&mut self) {
+        if matches!(self.phase, Phase::Running) {
+            if let Err(error) = self.stop() {
+                tracing::warn!(%error, "cannot stop the vCPUs of a guest that ended");
+            }
+            if let Err(error) = self.write_devices().flush_disk() {
+                tracing::error!(%error, "cannot flush the disk of a guest that ended");
+            }
+        }
+        self.phase = Phase::Exited;
+    }
+
+    /// The baseline, if the target is its file.
+    fn in_place(&self, target: &File) -> Result<Option<Arc<ImageFile>>, VmError> {
+        let Some(baseline) = &self.baseline else { return Ok(None) };
+        let same = baseline.is_same_file(target).map_err(VmError::ImageFile)?;
+        Ok(same.then(|| Arc::clone(baseline)))
+    }
+
+    fn disk_flush(&self) -> FlushDisk {
+        let devices = Arc::clone(&self.devices);
+        Box::new(move || devices.write().unwrap_or_else(PoisonError::into_inner).flush_disk())
+    }
+}
+
+fn micros(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,147 @@
+//! Resuming from a hibernation image.
+//!
+//! Everything that can be refused is refused before memory or devices are touched. Then the vCPUs take over their
+//! state while this thread puts the working set in place, and nothing waits for the rest: it is filled when it is
+//! touched.
+
+use super::{Backing, Files, MachineState, Prepared, Vm, VmError, micros};
+use crate::arch;
+use crate::devices::Backends;
+use crate::image::{self, Expected, Extent, OpenImage, PageSource};
+use crate::layout::PAGE_BYTES;
+use crate::memory::lazy::{FailureSink, LazyMemory};
+use std::fs::File;
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+use torpor_api::vmm::{FdRole, RestoreTrace};
+
+/// What a restore is asked for.
+#[derive(Debug, Clone, Copy)]
+pub struct RestoreRequest {
+    /// Largest size of the console log in bytes.
+    pub console_limit: u64,
+    /// The image's generation that the manifest names.
+    pub generation: u64,
+    /// The disk's generation that the manifest names.
+    pub disk_generation: u64,
+    /// The machine becomes another one.
+    pub fork: bool,
+}
+
+impl Prepared {
+    /// Take over state and memory from an image and run.
+    ///
+    /// `on_memory_failure` is called, and must not return, when a page can't be given to the guest.
+    ///
+    /// # Errors
+    /// The image is refused, or something failed; the process is of no further use.
+    pub fn restore(
+        mut self,
+        mut files: Files,
+        request: RestoreRequest,
+        on_memory_failure: FailureSink,
+    ) -> Result<(Vm, RestoreTrace), VmError> {
+        let started = Instant::now();
+        let image = File::from(files.take(FdRole::Image)?);
+        let backends = files.take_backends(request.console_limit)?;
+        let expected = Expected {
+            generation: request.generation,
+            disk_generation: request.disk_generation,
+            n_vcpus: self.shape.vcpus,
+            mem_bytes: self.ram.layout().len_bytes(),
+            host: self.host.clone(),
+        };
+        let OpenImage {
+            file,
+            vmstate,
+            working_set,
+            ..
+        } = image::open(image, &expected)?;
+        let state = decode(&vmstate, self.vcpus.len())?;
+        let file = Arc::new(file);
+        let mut trace = RestoreTrace {
+            state_loaded_us: micros(started),
+            ..RestoreTrace::default()
+        };
+        let (lazy, memory) = self.map_lazily(Arc::clone(&file) as Arc<dyn PageSource>, on_memory_failure)?;
+        self.attach_checked(&memory, backends, request.disk_generation)?;
+        arch::restore_clock(&self.vm_fd, &state.vm)?;
+        for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
+            vcpu.restore(state)?;
+        }
+        trace.prefetched_pages = lazy.prefetch(&working_set)?;
+        for vcpu in &self.vcpus {
+            vcpu.done()?;
+        }
+        self.pre_fault(&working_set)?;
+        trace.memory_ready_us = micros(started);
+        arch::restore_vm(&self.vm_fd, &state.vm)?;
+        self.devices.write().unwrap_or_else(PoisonError::into_inner).restore(&state.devices)?;
+        if request.fork {
+            self.new_generation_id(&memory)?;
+        }
+        self.release(request.fork)?;
+        trace.running_us = micros(started);
+        let mut vm = self.into_vm(Backing::Lazy(lazy));
+        vm.baseline = Some(Arc::clone(&file));
+        vm.restored_from = Some(file);
+        vm.previous_working_set = working_set;
+        Ok((vm, trace))
+    }
+
+    fn map_lazily(
+        &mut self,
+        source: Arc<dyn PageSource>,
+        on_failure: FailureSink,
+    ) -> Result<(LazyMemory, crate::memory::GuestMemory), VmError> {
+        self.ram.map()?;
+        let uffd = self.uffd.take().ok_or(VmError::Spent)?;
+        let lazy = LazyMemory::start(Arc::clone(&self.ram), uffd, source, on_failure)?;
+        Ok((lazy, self.ram.guest_memory()?))
+    }
+
+    fn attach_checked(
+        &self,
+        memory: &crate::memory::GuestMemory,
+        backends: Backends,
+        wanted: u64,
+    ) -> Result<(), VmError> {
+        self.attach(memory, backends)?;
+        let found = self.devices.read().unwrap_or_else(PoisonError::into_inner).disk_generation();
+        if found == wanted { Ok(()) } else { Err(VmError::DiskGeneration { found, wanted }) }
+    }
+
+    /// The second-level page table of the working set: by the first vCPU, because all share it.
+    fn pre_fault(&self, working_set: &[Extent]) -> Result<(), VmError> {
+        let Some(first) = self.vcpus.first().filter(|_| self.can_pre_fault && !working_set.is_empty()) else {
+            return Ok(());
+        };
+        let layout = self.ram.layout();
+        let pages = working_set.iter().map(|extent| extent.pages(layout.n_pages()));
+        let ranges = pages.flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
+        first.pre_fault(ranges.collect())?;
+        Ok(first.done()?)
+    }
+
+    fn release(&self, fork: bool) -> Result<(), VmError> {
+        self.devices.write().unwrap_or_else(PoisonError::into_inner).resume_after_restore();
+        for vcpu in &self.vcpus {
+            vcpu.run()?;
+        }
+        if fork {
+            self.generation_event.write(1).map_err(VmError::EventFd)?;
+        }
+        Ok(())
+    }
+}
+
+fn decode(vmstate: &[u8], n_vcpus: usize) -> Result<MachineState, VmError> {
+    let state: MachineState = postcard::from_bytes(vmstate).map_err(VmError::DecodeState)?;
+    if state.vcpus.len() != n_vcpus {
+        return Err(VmError::StateVcpus {
+            found: state.vcpus.len(),
+            wanted: n_vcpus,
+        });
+    }
+    Ok(state)
+}
