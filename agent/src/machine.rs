@@ -1,11 +1,24 @@
 //! Machines: their lifecycle as a pure table, and the tasks that make it happen.
 //!
 //! * [`state`] – states, events, the transition table, recovery rules; no I/O.
-//! * [`hypervisor`] – what the lifecycle asks of the platform; `simulated` is a platform without VMMs.
-//! * [`clock`] – time, injected.
-//! * [`gate`] – the way into a running machine.
+//! * [`fleet`] – the operations on machines; [`driver`] – the task of one machine; [`registry`] – who has one.
+//! * [`recovery`] – what a starting torpord finds; [`leases`] – the timer.
+//! * [`gate`] – the way into a running machine; [`routes`] – which port leads to which machine.
+//! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
+//! * [`clock`] – time, injected; [`error`] – the one error of operations.
 
 pub mod clock;
+pub mod driver;
+pub mod error;
+pub mod fleet;
 pub mod gate;
 pub mod hypervisor;
+pub mod leases;
+pub mod recovery;
+pub mod registry;
+pub mod routes;
+pub mod simulated;
 pub mod state;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,231 @@
+//! Effects of the transition table as calls.
+
+use super::super::error::MachineError;
+use super::super::fleet::Shared;
+use super::super::hypervisor::{HypervisorError, MachineSpec};
+use super::super::state::{Committed, Effect, Event};
+use super::operation::{Operation, Outcome, Up, WakeReport};
+use super::{Driver, Need};
+use crate::store::NewEvent;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::OwnedSemaphorePermit;
+use torpor_api::{ErrorCode, ExecutionId};
+
+impl Driver {
+    pub(super) async fn perform(&mut self, effect: Effect, event: Option<Event>) {
+        match effect {
+            Effect::CommitRunning => self.commit_running(event).await,
+            Effect::CommitPaused => self.commit_found_image().await,
+            Effect::CommitRefused => self.commit_refused().await,
+            Effect::CommitStopped => self.commit_stopped(event).await,
+            Effect::QuitExecution => {
+                if let Some(epoch) = self.epoch.clone() {
+                    epoch.execution.quit().await;
+                }
+                self.let_go();
+            }
+            Effect::Boot => self.begin_boot(event).await,
+            Effect::Restore => self.begin(effect, restore(Arc::clone(&self.shared), self.up_order())),
+            Effect::Freeze => self.begin_freeze(),
+            Effect::Persist => self.begin_persist(),
+            Effect::CommitPause => self.begin_commit_pause(),
+            Effect::Run => self.begin_run(),
+            Effect::Evict => self.begin_evict(),
+            Effect::Delete => self.begin_delete().await,
+        }
+    }
+
+    /// Beginning an operation drops the one before, except a commit: that lands all the same.
+    fn begin(&mut self, effect: Effect, future: impl Future<Output = Outcome> + Send + 'static) {
+        self.put_aside_commit();
+        self.operation = Some(Operation::new(effect, future));
+    }
+
+    pub(super) fn put_aside_commit(&mut self) {
+        if let Some(operation) = self.operation.take()
+            && operation.effect == Effect::CommitPause
+        {
+            self.overtaken = Some(operation);
+        }
+    }
+
+    fn up_order(&self) -> UpOrder {
+        UpOrder {
+            spec: self.row.spec.clone(),
+            generation: self.row.image_generation,
+            asked: self.wake.asked,
+        }
+    }
+
+    /// The row stops claiming memory before the platform gives it up.
+    async fn begin_boot(&mut self, event: Option<Event>) {
+        if event == Some(Event::Rebooted) {
+            self.wake = super::WakeOrder { need: Need::Machine, ..super::WakeOrder::by("guest") };
+        }
+        if !matches!(self.row.committed, Committed::Creating | Committed::Stopped) {
+            self.commit_before_boot(event).await;
+        }
+        self.begin(Effect::Boot, boot(Arc::clone(&self.shared), self.up_order()));
+    }
+
+    fn begin_freeze(&mut self) {
+        let Some(epoch) = self.epoch.clone() else {
+            return self.begin(Effect::Freeze, async { Outcome::Frozen(Err(no_execution())) });
+        };
+        let gate = Arc::clone(&self.gate);
+        let grace = self.shared.settings.drain_grace;
+        self.begin(Effect::Freeze, async move {
+            // Requests that outlast the grace are cut off by the pause.
+            let _ = tokio::time::timeout(grace, gate.drain()).await;
+            gate.shut();
+            Outcome::Frozen(epoch.execution.freeze().await)
+        });
+    }
+
+    fn begin_persist(&mut self) {
+        self.image_floor += 1;
+        let generation = self.image_floor;
+        let Some(epoch) = self.epoch.clone() else {
+            return self.begin(Effect::Persist, async { Outcome::Persisted(Err(no_execution())) });
+        };
+        self.begin(Effect::Persist, async move { Outcome::Persisted(epoch.execution.persist(generation).await) });
+    }
+
+    fn begin_commit_pause(&mut self) {
+        let store = self.shared.store.clone();
+        let id = self.id.clone();
+        let transition = self.pause_transition();
+        self.begin(Effect::CommitPause, async move {
+            Outcome::PauseCommitted(Box::new(store.commit(id, transition).await))
+        });
+    }
+
+    fn begin_run(&mut self) {
+        let Some(epoch) = self.epoch.clone() else {
+            return self.begin(Effect::Run, async { Outcome::Ran(Err(no_execution())) });
+        };
+        self.begin(Effect::Run, async move { Outcome::Ran(epoch.execution.run().await) });
+    }
+
+    fn begin_evict(&mut self) {
+        let epoch = self.epoch.clone();
+        self.begin(Effect::Evict, async move {
+            if let Some(epoch) = epoch {
+                epoch.over.cancel();
+                epoch.execution.quit().await;
+            }
+            Outcome::Evicted
+        });
+    }
+
+    async fn begin_delete(&mut self) {
+        if self.operation.as_ref().is_some_and(|operation| operation.effect == Effect::Delete) {
+            return;
+        }
+        self.put_aside_commit();
+        self.await_overtaken().await;
+        let (shared, id, epoch) = (Arc::clone(&self.shared), self.id.clone(), self.epoch.clone());
+        let event = NewEvent {
+            at_unix_ms: shared.clock.now_unix_ms(),
+            machine: id.clone(),
+            execution: self.row.execution.clone(),
+            kind: "machine.deleted",
+            actor: self.pause.actor,
+            detail: serde_json::json!({ "name": self.row.name }),
+        };
+        let ports: Vec<u16> = self.row.services.iter().map(|service| service.listen_port).collect();
+        self.begin(Effect::Delete, async move {
+            if let Some(epoch) = epoch {
+                epoch.over.cancel();
+                epoch.execution.quit().await;
+            }
+            Outcome::Deleted(delete(&shared, &id, event, &ports).await)
+        });
+    }
+}
+
+async fn delete(shared: &Shared, id: &torpor_api::MachineId, event: NewEvent, ports: &[u16]) -> Result<(), MachineError> {
+    // The row may know of services that were exposed since this driver read it.
+    let row = shared.store.machine(id).await?;
+    let now: Vec<u16> = row.iter().flat_map(|row| &row.services).map(|service| service.listen_port).collect();
+    for port in ports.iter().chain(now.iter().filter(|port| !ports.contains(port))) {
+        shared.routes.close(*port).await;
+    }
+    shared.hypervisor.delete_files(id).await?;
+    shared.store.remove_machine(id.clone(), event).await?;
+    Ok(())
+}
+
+/// What a boot or a restore needs to know.
+struct UpOrder {
+    spec: MachineSpec,
+    generation: u64,
+    asked: Instant,
+}
+
+async fn admit(shared: &Shared, mem_mib: u32) -> Result<OwnedSemaphorePermit, MachineError> {
+    let full = || {
+        MachineError::new(ErrorCode::CapacityExceeded, format!("the host has no {mem_mib} MiB of memory to give"))
+    };
+    if mem_mib > shared.settings.max_running_mem_mib {
+        return Err(full());
+    }
+    let admission = Arc::clone(&shared.memory).acquire_many_owned(mem_mib);
+    match tokio::time::timeout(shared.settings.wake_timeout, admission).await {
+        Ok(Ok(permit)) => Ok(permit),
+        Ok(Err(_)) | Err(_) => Err(full()),
+    }
+}
+
+async fn boot(shared: Arc<Shared>, order: UpOrder) -> Outcome {
+    let began = Instant::now();
+    let permit = match admit(&shared, order.spec.mem_mib).await {
+        Ok(permit) => permit,
+        Err(error) => return Outcome::Booted(Err(error)),
+    };
+    let admitted = began.elapsed();
+    let id = ExecutionId::generate();
+    match shared.hypervisor.boot(&order.spec, &id).await {
+        Err(error) => Outcome::Booted(Err(error.into())),
+        Ok(execution) => Outcome::Booted(Ok(Up {
+            execution,
+            permit,
+            report: WakeReport {
+                execution: id,
+                decided: began.saturating_duration_since(order.asked),
+                admitted,
+                stages: None,
+                running: began.elapsed(),
+            },
+        })),
+    }
+}
+
+async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
+    let began = Instant::now();
+    let permit = match admit(&shared, order.spec.mem_mib).await {
+        Ok(permit) => permit,
+        Err(error) => return Outcome::Restored(Err(HypervisorError::new(error.code, error.message))),
+    };
+    let admitted = began.elapsed();
+    let id = ExecutionId::generate();
+    match shared.hypervisor.restore(&order.spec, &id, order.generation).await {
+        Err(error) => Outcome::Restored(Err(error)),
+        Ok((execution, stages)) => Outcome::Restored(Ok(Up {
+            execution,
+            permit,
+            report: WakeReport {
+                execution: id,
+                decided: began.saturating_duration_since(order.asked),
+                admitted,
+                stages: Some(stages),
+                running: began.elapsed(),
+            },
+        })),
+    }
+}
+
+fn no_execution() -> HypervisorError {
+    HypervisorError::new(ErrorCode::Internal, "the machine has no live execution")
+}

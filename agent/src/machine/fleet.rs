@@ -1,0 +1,326 @@
+//! All machines of this host: the operations that the API, the proxy and the lease timer share.
+//!
+//! Finds or starts the driver of a machine, checks wake policies, bounds waits. Reads go to the store and to what
+//! drivers show; they start no driver and wake nothing.
+
+mod create;
+mod policy;
+mod view;
+
+pub use create::CreateOrder;
+pub use view::status_counts;
+
+use super::clock::Clock;
+use super::driver::{self, Command, Entry, Live, Need, PauseOrder, WakeOrder, Woken};
+use super::error::MachineError;
+use super::gate::Gate;
+use super::hypervisor::Hypervisor;
+use super::registry::{Handle, Registry};
+use super::routes::Routes;
+use super::state::State;
+use crate::store::{MachineRow, NewEvent, Store};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use torpor_api::http::{ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
+use torpor_api::{ErrorCode, MachineId};
+
+const COMMAND_QUEUE_LEN: usize = 64;
+
+/// Bounds and addresses.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Longest wait of a request for a wake; the wake goes on after it.
+    pub wake_timeout: Duration,
+    /// Longest wait of a pause for requests in flight.
+    pub drain_grace: Duration,
+    /// Guest memory of all running machines together, in MiB.
+    pub max_running_mem_mib: u32,
+    /// Host part of service URLs.
+    pub service_host: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            wake_timeout: Duration::from_secs(30),
+            drain_grace: Duration::from_secs(2),
+            max_running_mem_mib: 1 << 20,
+            service_host: "127.0.0.1".to_owned(),
+        }
+    }
+}
+
+/// Who wants a machine awake; each has its switch in the wake policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum WakeSource {
+    /// HTTP and WebSocket requests.
+    Http,
+    /// SSH logins.
+    Ssh,
+    /// Raw TCP connections.
+    Tcp,
+    /// API calls that need the guest.
+    Api,
+}
+
+impl WakeSource {
+    /// As it stands in events.
+    #[must_use]
+    pub fn actor(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Ssh => "ssh",
+            Self::Tcp => "tcp",
+            Self::Api => "api",
+        }
+    }
+
+    /// Its switch.
+    #[must_use]
+    pub fn allowed_by(self, policy: WakePolicy) -> bool {
+        match self {
+            Self::Http => policy.http,
+            Self::Ssh => policy.ssh,
+            Self::Tcp => policy.tcp,
+            Self::Api => policy.api,
+        }
+    }
+}
+
+/// What every driver needs.
+pub struct Shared {
+    pub(super) store: Store,
+    pub(super) hypervisor: Arc<dyn Hypervisor>,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) registry: Registry,
+    pub(super) routes: Arc<Routes>,
+    pub(super) memory: Arc<Semaphore>,
+    pub(super) leases_changed: Notify,
+    pub(super) settings: Settings,
+}
+
+impl Shared {
+    /// Host memory for a machine that runs already; none if the host is over its bound.
+    pub(super) fn try_admit(&self, mem_mib: u32) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.memory).try_acquire_many_owned(mem_mib).ok()
+    }
+}
+
+/// All machines of this host; clones share them.
+#[derive(Clone)]
+pub struct Fleet {
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Fleet {
+    /// The machines of this store, run by this hypervisor. [`Fleet::recover`] comes before anything else.
+    #[must_use]
+    pub fn new(store: Store, hypervisor: Arc<dyn Hypervisor>, clock: Arc<dyn Clock>, settings: Settings) -> Self {
+        let permits = usize::try_from(settings.max_running_mem_mib).unwrap_or(usize::MAX);
+        Self {
+            shared: Arc::new(Shared {
+                store,
+                hypervisor,
+                clock,
+                registry: Registry::default(),
+                routes: Arc::default(),
+                memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
+                leases_changed: Notify::new(),
+                settings,
+            }),
+        }
+    }
+
+    /// The store, for reads that are not about one machine's state.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.shared.store
+    }
+
+    /// The platform, for templates and consoles.
+    #[must_use]
+    pub fn hypervisor(&self) -> &Arc<dyn Hypervisor> {
+        &self.shared.hypervisor
+    }
+
+    /// Where the proxy's ports lead.
+    #[must_use]
+    pub fn routes(&self) -> &Arc<Routes> {
+        &self.shared.routes
+    }
+
+    /// Bounds and addresses.
+    #[must_use]
+    pub fn settings(&self) -> &Settings {
+        &self.shared.settings
+    }
+
+    /// Number of machines that have a task.
+    #[must_use]
+    pub fn n_drivers(&self) -> usize {
+        self.shared.registry.len()
+    }
+
+    /// The time, as leases see it.
+    #[must_use]
+    pub fn now_unix_ms(&self) -> u64 {
+        self.shared.clock.now_unix_ms()
+    }
+
+    /// The machine that has this ID, had this execution or has this name.
+    ///
+    /// # Errors
+    /// `machine_not_found`, or the store refuses.
+    pub async fn resolve(&self, text: &str) -> Result<MachineId, MachineError> {
+        self.shared.store.resolve(text).await?.ok_or_else(|| MachineError::not_found(cut(text)))
+    }
+
+    /// Get the guest running for traffic, if its policy lets this traffic do so, within the bounded wait.
+    ///
+    /// # Errors
+    /// The policy, the wake itself, or `machine_resume_timeout`; the wake goes on after that.
+    pub async fn wake(
+        &self,
+        id: &MachineId,
+        source: WakeSource,
+        cause: serde_json::Value,
+    ) -> Result<Woken, MachineError> {
+        if let Some(handle) = self.shared.registry.find(id)
+            && let Some(pass) = handle.gate.enter(self.now_unix_ms())
+        {
+            return Ok(Woken { pass, report: None });
+        }
+        let (row, live) = self.look(id).await?;
+        let state = live.and_then(|live| live.state).unwrap_or_else(|| row.committed.at_rest());
+        let asleep = !matches!(state, State::Running | State::Creating | State::Starting | State::Waking);
+        if asleep && !source.allowed_by(row.wake) {
+            let message = format!("machine {id} is asleep, and its wake switch for {} is off", source.actor());
+            return Err(MachineError::new(ErrorCode::AutoResumeDisabled, message));
+        }
+        let order = WakeOrder { cause, ..WakeOrder::by(source.actor()) };
+        self.bounded(id, self.send(id, |reply| Command::Wake(order.clone(), reply))).await
+    }
+
+    /// Get the machine running because its owner says so; answered when its execution is committed.
+    ///
+    /// # Errors
+    /// The restore or boot failed, or the machine is in no state for it.
+    pub async fn resume(&self, id: &MachineId, from: ResumeFrom) -> Result<(), MachineError> {
+        let need = match from {
+            ResumeFrom::Memory => Need::Machine,
+            ResumeFrom::Disk => Need::MachineFromDisk,
+        };
+        let order = WakeOrder { need, ..WakeOrder::by("api") };
+        self.send(id, |reply| Command::Wake(order.clone(), reply)).await.map(drop)
+    }
+
+    /// Put the machine to sleep; answered when its image is durable and its VMM is gone.
+    ///
+    /// # Errors
+    /// The pause failed or was overtaken, and the machine runs on.
+    pub async fn pause(&self, id: &MachineId, order: PauseOrder) -> Result<(), MachineError> {
+        self.send(id, |reply| Command::Pause(order, reply)).await
+    }
+
+    /// Delete the machine in whatever state it is; answered when nothing of it is left.
+    ///
+    /// # Errors
+    /// Its files or row could not be removed; the deletion is taken up again by the next call or start.
+    pub async fn delete(&self, id: &MachineId, order: PauseOrder) -> Result<(), MachineError> {
+        self.send(id, |reply| Command::Delete(order, reply)).await
+    }
+
+    /// Run a command in the guest, waking it if its policy lets API calls do so.
+    ///
+    /// # Errors
+    /// The wake's and the guest's.
+    pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, MachineError> {
+        let woken = self.wake(id, WakeSource::Api, serde_json::json!({ "operation": "exec" })).await?;
+        let epoch = Arc::clone(woken.pass.epoch());
+        tokio::select! {
+            result = epoch.execution.exec(request) => result.map_err(MachineError::from),
+            () = epoch.over.cancelled() => {
+                let message = format!("machine {id} went to sleep or stopped while the command ran");
+                Err(MachineError::new(ErrorCode::GuestUnreachable, message))
+            }
+        }
+    }
+
+    /// The machine's row and what its driver shows, in an order in which neither is older than the call.
+    pub(super) async fn look(&self, id: &MachineId) -> Result<(MachineRow, Option<Live>), MachineError> {
+        let handle = self.shared.registry.find(id);
+        let row = self.shared.store.machine(id).await?.ok_or_else(|| MachineError::not_found(id))?;
+        Ok((row, handle.map(|handle| handle.live.borrow().clone())))
+    }
+
+    /// Send a command to the machine's driver and wait for the answer. A driver that left in the same moment
+    /// answers nothing, and its successor is asked.
+    async fn send<T>(
+        &self,
+        id: &MachineId,
+        command: impl Fn(oneshot::Sender<Result<T, MachineError>>) -> Command,
+    ) -> Result<T, MachineError> {
+        loop {
+            let handle = self.driver(id, Entry::Load);
+            let (reply, answer) = oneshot::channel();
+            if handle.commands.send(command(reply)).await.is_err() {
+                continue;
+            }
+            if let Ok(outcome) = answer.await {
+                return outcome;
+            }
+        }
+    }
+
+    async fn bounded<T>(
+        &self,
+        id: &MachineId,
+        answer: impl Future<Output = Result<T, MachineError>>,
+    ) -> Result<T, MachineError> {
+        let bound = self.shared.settings.wake_timeout;
+        tokio::time::timeout(bound, answer).await.unwrap_or_else(|_| {
+            let message = format!("machine {id} was not awake within {} s", bound.as_secs());
+            Err(MachineError::new(ErrorCode::ResumeTimeout, message))
+        })
+    }
+
+    /// The machine's driver, started with `entry` if it has none.
+    pub(super) fn driver(&self, id: &MachineId, entry: Entry) -> Handle {
+        self.shared.registry.find_or(id, || {
+            let (commands, queue) = mpsc::channel(COMMAND_QUEUE_LEN);
+            let (show, live) = watch::channel(Live { state: None, last_error: None });
+            let gate = Arc::new(Gate::default());
+            let task = driver::run(id.clone(), Arc::clone(&self.shared), queue, show, Arc::clone(&gate), entry);
+            tokio::spawn(task);
+            Handle { commands, live, gate }
+        })
+    }
+
+    pub(super) fn event(
+        &self,
+        machine: &MachineId,
+        kind: &'static str,
+        actor: &'static str,
+        detail: serde_json::Value,
+    ) -> NewEvent {
+        NewEvent {
+            at_unix_ms: self.now_unix_ms(),
+            machine: machine.clone(),
+            execution: None,
+            kind,
+            actor,
+            detail,
+        }
+    }
+}
+
+/// Hostile text, short enough for a message.
+fn cut(text: &str) -> String {
+    format!("{:?}", text.chars().take(64).collect::<String>())
+}
+
+/// What users see of a row and of what its driver shows.
+pub(super) fn status_of(row: &MachineRow, live: Option<&Live>) -> MachineStatus {
+    live.and_then(|live| live.state).unwrap_or_else(|| row.committed.at_rest()).status()
+}

@@ -1,0 +1,89 @@
+//! What belongs to a machine and not to an execution: lease, wake switches, services.
+
+use super::super::error::MachineError;
+use super::Fleet;
+use crate::store::{ServiceRoute, ServiceRow};
+use serde_json::json;
+use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
+use torpor_api::{ErrorCode, LeaseAction, LeasePolicy, MachineId};
+
+/// A machine that destroys itself cannot be woken: an alias that routes to it would lead nowhere.
+///
+/// # Errors
+/// `auto_resume_needs_pause`.
+pub fn check_lease_and_wake(lease: Option<LeasePolicy>, wake: WakePolicy) -> Result<(), MachineError> {
+    let destroys = lease.is_some_and(|lease| lease.action == LeaseAction::Destroy);
+    if destroys && wake != WakePolicy::OFF {
+        let message = "a lease with action 'destroy' and a wake switch that is on exclude each other";
+        return Err(MachineError::new(ErrorCode::AutoResumeNeedsPause, message));
+    }
+    Ok(())
+}
+
+impl Fleet {
+    /// Set or take away the lease; an awake machine gets a whole window from now.
+    ///
+    /// # Errors
+    /// The lease does not go with the wake switches, or the store refuses.
+    pub async fn set_lease(&self, id: &MachineId, lease: Option<LeasePolicy>) -> Result<(), MachineError> {
+        let (row, _) = self.look(id).await?;
+        check_lease_and_wake(lease, row.wake)?;
+        let event = self.event(id, "machine.lease_set", "api", json!({ "lease": lease }));
+        self.shared.store.set_lease(id.clone(), lease, event).await?;
+        self.shared.leases_changed.notify_one();
+        Ok(())
+    }
+
+    /// Change the wake switches that are given.
+    ///
+    /// # Errors
+    /// They do not go with the lease, or the store refuses.
+    pub async fn patch_wake(&self, id: &MachineId, patch: PatchWake) -> Result<(), MachineError> {
+        let (row, _) = self.look(id).await?;
+        let wake = WakePolicy {
+            http: patch.http.unwrap_or(row.wake.http),
+            ssh: patch.ssh.unwrap_or(row.wake.ssh),
+            tcp: patch.tcp.unwrap_or(row.wake.tcp),
+            api: patch.api.unwrap_or(row.wake.api),
+        };
+        check_lease_and_wake(row.lease, wake)?;
+        let event = self.event(id, "machine.wake_changed", "api", json!({ "wake": wake }));
+        self.shared.store.patch_wake(id.clone(), patch, event).await?;
+        Ok(())
+    }
+
+    /// Expose a service.
+    ///
+    /// # Errors
+    /// Its name is taken, no port is free or the port cannot be bound.
+    pub async fn expose(&self, id: &MachineId, spec: ServiceSpec) -> Result<ServiceRow, MachineError> {
+        let event = self.event(id, "service.exposed", "api", json!(spec));
+        let service = self.shared.store.expose(id.clone(), spec, event).await?;
+        let opened = self.shared.routes.open(ServiceRoute {
+            listen_port: service.listen_port,
+            machine: id.clone(),
+            port: service.port,
+            kind: service.kind,
+        });
+        if let Err(error) = opened {
+            let event = self.event(id, "service.removed", "api", json!({ "error": error.message }));
+            self.shared.store.unexpose(id.clone(), service.name, event).await?;
+            return Err(error);
+        }
+        Ok(service)
+    }
+
+    /// Take a service away.
+    ///
+    /// # Errors
+    /// The machine has none of this name.
+    pub async fn unexpose(&self, id: &MachineId, name: &str) -> Result<(), MachineError> {
+        let event = self.event(id, "service.removed", "api", json!({ "name": name }));
+        let Some(service) = self.shared.store.unexpose(id.clone(), name.to_owned(), event).await? else {
+            let message = format!("machine {id} exposes no service {}", super::cut(name));
+            return Err(MachineError::new(ErrorCode::ServiceNotFound, message));
+        };
+        self.shared.routes.close(service.listen_port).await;
+        Ok(())
+    }
+}

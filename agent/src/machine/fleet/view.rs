@@ -1,0 +1,123 @@
+//! Machines as users see them: the committed row, overlaid with what the driver shows. Never wakes.
+
+use super::super::driver::Live;
+use super::super::error::MachineError;
+use super::super::registry::Handle;
+use super::super::state::Committed;
+use super::{Fleet, status_of};
+use crate::store::{MachineRow, ServiceRow};
+use std::collections::BTreeMap;
+use torpor_api::http::{Machine, MachineStatus, Service, ServiceKind};
+use torpor_api::{Lease, LeaseMode, MachineId};
+
+impl Fleet {
+    /// The machine as it is now.
+    ///
+    /// # Errors
+    /// `machine_not_found`, or the store refuses.
+    pub async fn view(&self, id: &MachineId) -> Result<Machine, MachineError> {
+        let handle = self.shared.registry.find(id);
+        let row = self.shared.store.machine(id).await?.ok_or_else(|| MachineError::not_found(id))?;
+        Ok(self.show(row, handle.as_ref()))
+    }
+
+    /// A page of machines, oldest first.
+    ///
+    /// # Errors
+    /// `after` is no machine, or the store refuses.
+    pub async fn list(&self, after: Option<MachineId>, limit: u32) -> Result<Vec<Machine>, MachineError> {
+        let handles: BTreeMap<MachineId, Handle> = self.shared.registry.all().into_iter().collect();
+        let rows = self.shared.store.list(after, limit).await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let handle = handles.get(&row.spec.id);
+                self.show(row, handle)
+            })
+            .collect())
+    }
+
+    /// A service as users see it.
+    #[must_use]
+    pub fn show_service(&self, service: ServiceRow) -> Service {
+        let scheme = match service.kind {
+            ServiceKind::Http => "http",
+            ServiceKind::Tcp => "tcp",
+        };
+        Service {
+            url: format!("{scheme}://{}:{}", self.shared.settings.service_host, service.listen_port),
+            name: service.name,
+            port: service.port,
+            kind: service.kind,
+            listen_port: service.listen_port,
+        }
+    }
+
+    fn show(&self, row: MachineRow, handle: Option<&Handle>) -> Machine {
+        let live = handle.map(|handle| handle.live.borrow().clone());
+        let status = status_of(&row, live.as_ref());
+        let awake = matches!(status, MachineStatus::Running | MachineStatus::Pausing);
+        Machine {
+            status,
+            lease: self.show_lease(&row, handle, awake),
+            execution_id: row.execution.filter(|_| awake),
+            last_error: live.and_then(|live| live.last_error).or(row.last_error),
+            services: row.services.into_iter().map(|service| self.show_service(service)).collect(),
+            id: row.spec.id,
+            name: row.name,
+            template: row.spec.template,
+            vcpus: row.spec.vcpus,
+            mem_mib: row.spec.mem_mib,
+            disk_mib: row.spec.disk_mib,
+            created_unix_ms: row.created_unix_ms,
+            wake: row.wake,
+            metadata: row.metadata,
+            pauses: row.pauses,
+            wakes: row.wakes,
+        }
+    }
+
+    /// A sliding deadline slides in memory and is written down when it would have passed.
+    fn show_lease(&self, row: &MachineRow, handle: Option<&Handle>, awake: bool) -> Option<Lease> {
+        let policy = row.lease?;
+        let slid = handle.filter(|_| policy.mode == LeaseMode::Sliding).map_or(0, |handle| {
+            handle.gate.last_entered_unix_ms().saturating_add(policy.seconds.saturating_mul(1000))
+        });
+        let deadline_unix_ms = row.deadline_unix_ms.filter(|_| awake).map(|deadline| deadline.max(slid));
+        Some(Lease {
+            policy,
+            deadline_unix_ms,
+            remaining_ms: deadline_unix_ms.map(|deadline| deadline.saturating_sub(self.now_unix_ms())),
+        })
+    }
+}
+
+/// Machines by what users see: the rows' counts, corrected by what drivers show.
+///
+/// # Errors
+/// The store refuses.
+pub async fn status_counts(fleet: &Fleet) -> Result<BTreeMap<String, u64>, MachineError> {
+    let live: Vec<Live> =
+        fleet.shared.registry.all().into_iter().map(|(_, handle)| handle.live.borrow().clone()).collect();
+    let mut asleep = fleet.shared.store.counts().await?;
+    let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+    let name = |status: MachineStatus| {
+        serde_json::to_value(status).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+    };
+    for committed in Committed::ALL {
+        let shown = match committed {
+            // What runs has a driver, which is asked below.
+            Committed::Running | Committed::Creating | Committed::Deleting => continue,
+            Committed::Paused | Committed::Refused => MachineStatus::Paused,
+            Committed::Stopped => MachineStatus::Stopped,
+        };
+        *counts.entry(name(shown)).or_default() += asleep.remove(committed.as_str()).unwrap_or(0);
+    }
+    for state in live.into_iter().filter_map(|live| live.state) {
+        let status = state.status();
+        if !matches!(status, MachineStatus::Paused | MachineStatus::Stopped) {
+            *counts.entry(name(status)).or_default() += 1;
+        }
+    }
+    Ok(counts)
+}

@@ -1,0 +1,102 @@
+//! The lease timer: one task that sleeps until the earliest deadline in the store.
+//!
+//! A due lease is claimed by moving its next look [`RETRY`] ahead, so a pause that fails, for want of disk space
+//! say, is tried again then, and a torpord that dies in between looks again, too. Whether the deadline still stands
+//! is checked once more when the pause commits. A sliding lease whose machine was used since is moved, not carried
+//! out.
+
+use super::driver::PauseOrder;
+use super::fleet::Fleet;
+use crate::store::DueLease;
+use std::collections::HashMap;
+use std::time::Duration;
+use torpor_api::{ErrorCode, LeaseAction, LeaseMode, MachineId};
+
+/// A lease that could not be carried out is looked at again after this long.
+pub const RETRY: Duration = Duration::from_secs(30);
+const CLAIMED_AT_ONCE: u32 = 64;
+
+/// Carry out leases for as long as the process lives.
+pub async fn run(fleet: Fleet) {
+    let mut seen_bytes = HashMap::new();
+    loop {
+        let changed = fleet.shared.leases_changed.notified();
+        let next = match fleet.shared.store.next_lease_check().await {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!(%error, "deadlines cannot be read");
+                Some(fleet.now_unix_ms().saturating_add(1000))
+            }
+        };
+        match next {
+            Some(at_unix_ms) => {
+                tokio::select! {
+                    () = fleet.shared.clock.sleep_until_unix_ms(at_unix_ms) => claim(&fleet, &mut seen_bytes).await,
+                    () = changed => {}
+                }
+            }
+            None => changed.await,
+        }
+    }
+}
+
+async fn claim(fleet: &Fleet, seen_bytes: &mut HashMap<MachineId, u64>) {
+    let now = fleet.now_unix_ms();
+    let again = now.saturating_add(u64::try_from(RETRY.as_millis()).unwrap_or(u64::MAX));
+    let due = match fleet.shared.store.claim_due_leases(now, again, CLAIMED_AT_ONCE).await {
+        Ok(due) => due,
+        Err(error) => {
+            tracing::error!(%error, "due leases cannot be claimed");
+            // Without this a store that refuses to write would be asked without a pause.
+            fleet.shared.clock.sleep_until_unix_ms(now.saturating_add(1000)).await;
+            return;
+        }
+    };
+    for lease in due {
+        if let Some(until) = slid_to(fleet, &lease, seen_bytes) {
+            let moved = fleet.shared.store.slide_lease(lease.machine.clone(), lease.deadline_unix_ms, until).await;
+            if let Err(error) = moved {
+                tracing::warn!(machine_id = %lease.machine, %error, "sliding deadline not moved");
+            }
+            continue;
+        }
+        seen_bytes.remove(&lease.machine);
+        tokio::spawn(carry_out(fleet.clone(), lease));
+    }
+}
+
+/// The new deadline of a sliding lease whose machine was used since the old one was set.
+fn slid_to(fleet: &Fleet, lease: &DueLease, seen_bytes: &mut HashMap<MachineId, u64>) -> Option<u64> {
+    if lease.policy.mode != LeaseMode::Sliding {
+        return None;
+    }
+    let handle = fleet.shared.registry.find(&lease.machine)?;
+    let window = lease.policy.seconds.saturating_mul(1000);
+    let activity = handle.gate.activity();
+    let bytes = activity.to_guest_bytes().saturating_add(activity.from_guest_bytes());
+    // Payload on an open connection counts, the open connection does not. When it passed is not known, only
+    // that it did since the last look, so it counts as if it were now.
+    let before = seen_bytes.insert(lease.machine.clone(), bytes).unwrap_or(0);
+    let used_unix_ms =
+        if bytes == before { handle.gate.last_entered_unix_ms() } else { fleet.now_unix_ms() };
+    let until = used_unix_ms.saturating_add(window);
+    (until > fleet.now_unix_ms()).then_some(until)
+}
+
+async fn carry_out(fleet: Fleet, lease: DueLease) {
+    let order = PauseOrder { actor: "lease", only_if_deadline_unix_ms: Some(lease.deadline_unix_ms) };
+    let outcome = match lease.policy.action {
+        LeaseAction::Pause => fleet.pause(&lease.machine, order).await,
+        LeaseAction::Destroy => fleet.delete(&lease.machine, order).await,
+    };
+    match outcome {
+        Ok(()) => {}
+        // Overtaken by a wake, or moved, or gone: as it should be.
+        Err(error) if matches!(error.code, ErrorCode::TransitionInProgress | ErrorCode::MachineNotFound) => {
+            tracing::debug!(machine_id = %lease.machine, %error, "lease not carried out");
+        }
+        Err(error) => {
+            tracing::warn!(machine_id = %lease.machine, %error, "lease not carried out, tried again in 30 s");
+        }
+    }
+}
