@@ -23,13 +23,11 @@ impl Links {
 
     /// A veth pair: `name` here, `peer` in another namespace.
     pub(super) async fn add_veth(&self, name: &str, peer: &str, peer_netns: &File) -> Result<(), Error> {
-        let peer = LinkMessageBuilder::<LinkUnspec>::new()
+        let peer_link = LinkMessageBuilder::<LinkUnspec>::new()
             .name(peer.to_owned())
             .setns_by_fd(peer_netns.as_raw_fd())
             .build();
-        let pair = LinkMessageBuilder::<LinkVeth>::default()
-            .name(name.to_owned())
-            .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
+        let pair = LinkVeth::new(name, peer).set_info_data(InfoData::Veth(InfoVeth::Peer(peer_link)));
         self.0.link().add(pair.build()).execute().await
     }
 
