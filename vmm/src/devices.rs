@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use self::balloon::Balloon;
 pub use self::balloon::Discard;
 use self::blk::Blk;
+pub use self::error::DeviceError;
 use self::mmio::{MmioDevice, VirtioDevice};
 pub use self::mmio::{TransportError, TransportState};
 use self::net::Net;
@@ -36,6 +37,7 @@ use crate::memory::GuestMemory;
 
 mod balloon;
 pub mod blk;
+mod error;
 mod interrupt;
 mod mmio;
 mod net;
@@ -115,63 +117,6 @@ pub struct DevicesState {
     balloon_target_pages: u32,
     balloon_actual_pages: u32,
     serial: SavedSerial,
-}
-
-/// Why the devices could not be made, attached or restored.
-#[derive(Debug, thiserror::Error)]
-pub enum DeviceError {
-    /// eventfds, epoll, threads.
-    #[error("cannot make the devices")]
-    Create(#[source] io::Error),
-    /// KVM refused an irqfd.
-    #[error("cannot register the irqfd of GSI {gsi}")]
-    Irqfd {
-        /// The interrupt.
-        gsi: u32,
-        /// Why.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// KVM refused an ioeventfd.
-    #[error("cannot register the ioeventfd of queue {queue} at gpa={gpa:#x}")]
-    Ioeventfd {
-        /// Address of the notification register.
-        gpa: u64,
-        /// Index of the queue.
-        queue: u32,
-        /// Why.
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    /// A file or socket is not what it should be.
-    #[error("cannot use the {backend}")]
-    Backend {
-        /// Which.
-        backend: &'static str,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// Attached twice.
-    #[error("the devices are attached already")]
-    AttachedTwice,
-    /// Restored without memory and backends.
-    #[error("the devices are not attached")]
-    NotAttached,
-    /// State that can't be.
-    #[error("cannot restore a virtio device")]
-    Transport(#[from] TransportError),
-    /// State of other devices.
-    #[error("the image has {found} virtio devices, not {expected}")]
-    DeviceCount {
-        /// In the image.
-        found: usize,
-        /// Here.
-        expected: usize,
-    },
-    /// State that can't be.
-    #[error("cannot restore the serial console")]
-    Serial,
 }
 
 /// All devices of the machine, and their threads.

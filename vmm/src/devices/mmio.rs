@@ -4,20 +4,25 @@
 //! batch of requests takes; interrupt status and kicks live outside it, so a running guest never waits for it
 //! except in a reset. The driver's steps are checked: features only before `FEATURES_OK`, queues only between
 //! that and `DRIVER_OK`, rings only inside guest memory. A driver that breaks its queues gets `NEEDS_RESET` and
-//! is not served until it resets. Not its job: threads ([`super::worker`]), what a device does ([`Model`]).
+//! is not served until it resets. `driver` has the
+//! driver's steps, `image` the state in an image. Not its job: threads ([`super::worker`]), what a device does ([`Model`]).
 
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use serde::{Deserialize, Serialize};
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::interrupt::Interrupt;
-use super::queue::{QueueError, SavedQueue, Virtqueue};
+use super::queue::{QueueError, Virtqueue};
 use super::worker;
 use crate::memory::GuestMemory;
 
+use self::driver::{Attached, DeviceState, NEEDS_RESET, Registers, half};
+pub use self::image::{TransportError, TransportState};
+
+mod driver;
+mod image;
 #[cfg(test)]
 mod tests;
 
@@ -26,19 +31,6 @@ const VERSION: u32 = 2;
 const VENDOR: u32 = 0x5052_4f54;
 /// Where the device's configuration begins.
 const CONFIG_OFFSET: u64 = 0x100;
-
-const ACKNOWLEDGE: u32 = 1;
-const DRIVER: u32 = 2;
-const DRIVER_OK: u32 = 4;
-const FEATURES_OK: u32 = 8;
-const NEEDS_RESET: u32 = 0x40;
-const FAILED: u32 = 0x80;
-const STATUS_BITS: u32 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | NEEDS_RESET | FAILED;
-
-const INDIRECT_DESC: u64 = 1 << 28;
-const EVENT_IDX: u64 = 1 << 29;
-const VERSION_1: u64 = 1 << 32;
-const COMMON_FEATURES: u64 = INDIRECT_DESC | EVENT_IDX | VERSION_1;
 
 /// What makes a device that device.
 pub(crate) trait Model: Send + 'static {
@@ -56,50 +48,6 @@ pub(crate) trait Model: Send + 'static {
     fn negotiated(&mut self, _features: u64) {}
     /// The driver reset the device.
     fn reset(&mut self) {}
-}
-
-/// Why a device's saved state was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum TransportError {
-    /// No memory or backend yet.
-    #[error("virtio device {device_id} is not attached")]
-    NotAttached {
-        /// Its device ID.
-        device_id: u32,
-    },
-    /// State of another device, unknown status, features that are not offered.
-    #[error("state of virtio device {device_id} does not fit: {what}")]
-    Mismatch {
-        /// Its device ID.
-        device_id: u32,
-        /// What does not fit.
-        what: &'static str,
-    },
-    /// A queue's rings do not fit.
-    #[error("state of queue {queue} of virtio device {device_id} does not fit")]
-    Queue {
-        /// Its device ID.
-        device_id: u32,
-        /// Index of the queue.
-        queue: usize,
-        /// Why.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-}
-
-/// A device's registers and queues in an image.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TransportState {
-    pub(crate) device_id: u32,
-    pub(crate) status: u32,
-    pub(crate) driver_features: u64,
-    pub(crate) device_features_select: u32,
-    pub(crate) driver_features_select: u32,
-    pub(crate) queue_select: u32,
-    pub(crate) config_generation: u32,
-    pub(crate) interrupt_status: u32,
-    pub(crate) queues: Vec<SavedQueue>,
 }
 
 /// What the bus needs of a device, whichever it is.
@@ -128,36 +76,6 @@ pub(crate) struct VirtioDevice<M> {
     state: Mutex<DeviceState<M>>,
     interrupt: Interrupt,
     kicks: Vec<EventFd>,
-}
-
-/// What the device's lock guards.
-#[derive(Debug)]
-pub(crate) struct DeviceState<M> {
-    registers: Registers,
-    queues: Vec<Virtqueue>,
-    attached: Option<Attached<M>>,
-}
-
-#[derive(Debug)]
-struct Attached<M> {
-    memory: GuestMemory,
-    model: M,
-}
-
-#[derive(Debug, Default)]
-struct Registers {
-    status: u32,
-    driver_features: u64,
-    device_features_select: u32,
-    driver_features_select: u32,
-    queue_select: u32,
-    config_generation: u32,
-}
-
-impl Registers {
-    fn is_running(&self) -> bool {
-        self.status & DRIVER_OK != 0 && self.status & (NEEDS_RESET | FAILED) == 0
-    }
 }
 
 /// The queues of a device whose driver runs.
@@ -322,109 +240,6 @@ impl<M: Model> VirtioDevice<M> {
     }
 }
 
-impl<M: Model> DeviceState<M> {
-    fn offered(&self) -> u64 {
-        self.attached
-            .as_ref()
-            .map_or(0, |attached| attached.model.features() | COMMON_FEATURES)
-    }
-
-    fn queue(&mut self, index: u32) -> Option<&mut Virtqueue> {
-        self.queues.get_mut(usize::try_from(index).ok()?)
-    }
-
-    fn choose_features(&mut self, value: u32) {
-        let registers = &mut self.registers;
-        if registers.status & DRIVER == 0 || registers.status & FEATURES_OK != 0 {
-            return;
-        }
-        let (low, high) = (
-            registers.driver_features & 0xffff_ffff,
-            registers.driver_features >> 32,
-        );
-        registers.driver_features = match registers.driver_features_select {
-            0 => (high << 32) | u64::from(value),
-            1 => (u64::from(value) << 32) | low,
-            _ => registers.driver_features,
-        };
-    }
-
-    /// True if it was a reset.
-    fn set_status(&mut self, value: u32) -> bool {
-        if value == 0 {
-            self.registers = Registers {
-                config_generation: self.registers.config_generation,
-                ..Registers::default()
-            };
-            self.queues.iter_mut().for_each(|queue| queue.registers().reset());
-            if let Some(attached) = &mut self.attached {
-                attached.model.reset();
-            }
-            return true;
-        }
-        let old = self.registers.status;
-        let mut new = old | (value & STATUS_BITS & !NEEDS_RESET);
-        if new & FEATURES_OK != 0 && old & FEATURES_OK == 0 {
-            let features = self.registers.driver_features;
-            if features & !self.offered() == 0 && features & VERSION_1 != 0 {
-                self.accept_features(features);
-            } else {
-                new &= !FEATURES_OK;
-            }
-        }
-        if new & FEATURES_OK == 0 {
-            new &= !DRIVER_OK;
-        }
-        self.registers.status = new;
-        false
-    }
-
-    fn accept_features(&mut self, features: u64) {
-        for queue in &mut self.queues {
-            queue.registers().set_event_idx(features & EVENT_IDX != 0);
-        }
-        if let Some(attached) = &mut self.attached {
-            attached.model.negotiated(features);
-        }
-    }
-
-    fn configure_queue(&mut self, offset: u64, value: u32) {
-        if self.registers.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
-            return;
-        }
-        let Some(queue) = usize::try_from(self.registers.queue_select)
-            .ok()
-            .and_then(|index| self.queues.get_mut(index))
-        else {
-            return;
-        };
-        if offset == 0x044 {
-            match &self.attached {
-                Some(attached) if value == 1 => {
-                    queue.enable(&attached.memory);
-                }
-                _ => queue.registers().set_ready(false),
-            }
-            return;
-        }
-        if queue.is_ready() {
-            return;
-        }
-        let registers = queue.registers();
-        match offset {
-            // A size that is out of range can't become one that is in range by truncation.
-            0x038 => registers.set_size(u16::try_from(value).unwrap_or(u16::MAX)),
-            0x080 => registers.set_desc_table_address(Some(value), None),
-            0x084 => registers.set_desc_table_address(None, Some(value)),
-            0x090 => registers.set_avail_ring_address(Some(value), None),
-            0x094 => registers.set_avail_ring_address(None, Some(value)),
-            0x0a0 => registers.set_used_ring_address(Some(value), None),
-            0x0a4 => registers.set_used_ring_address(None, Some(value)),
-            _ => {}
-        }
-    }
-}
-
 impl<M: Model> MmioDevice for VirtioDevice<M> {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
@@ -468,70 +283,11 @@ impl<M: Model> MmioDevice for VirtioDevice<M> {
     }
 
     fn save(&self) -> TransportState {
-        let state = self.lock();
-        let registers = &state.registers;
-        TransportState {
-            device_id: M::DEVICE_ID,
-            status: registers.status,
-            driver_features: registers.driver_features,
-            device_features_select: registers.device_features_select,
-            driver_features_select: registers.driver_features_select,
-            queue_select: registers.queue_select,
-            config_generation: registers.config_generation,
-            interrupt_status: self.interrupt.status(),
-            queues: state.queues.iter().map(Virtqueue::save).collect(),
-        }
+        self.lock().save(self.interrupt.status())
     }
 
     fn restore(&self, saved: &TransportState) -> Result<(), TransportError> {
-        let device_id = M::DEVICE_ID;
-        let mismatch = |what| TransportError::Mismatch { device_id, what };
-        let mut state = self.lock();
-        let offered = state.offered();
-        let Some(attached) = &mut state.attached else {
-            return Err(TransportError::NotAttached { device_id });
-        };
-        if saved.device_id != device_id {
-            return Err(mismatch("it is of another device"));
-        }
-        if saved.queues.len() != M::QUEUE_SIZES.len() {
-            return Err(mismatch("number of queues"));
-        }
-        if saved.status & !STATUS_BITS != 0 {
-            return Err(mismatch("status"));
-        }
-        if saved.status & FEATURES_OK != 0
-            && (saved.driver_features & !offered != 0 || saved.driver_features & VERSION_1 == 0)
-        {
-            return Err(mismatch("features"));
-        }
-        if saved.status & DRIVER_OK != 0 && saved.status & FEATURES_OK == 0 {
-            return Err(mismatch("driver runs without features"));
-        }
-        let queues = M::QUEUE_SIZES
-            .iter()
-            .zip(&saved.queues)
-            .enumerate()
-            .map(|(queue, (&size, saved))| {
-                Virtqueue::restore(size, saved, &attached.memory).map_err(|error| TransportError::Queue {
-                    device_id,
-                    queue,
-                    source: Box::new(error),
-                })
-            });
-        let queues = queues.collect::<Result<_, _>>()?;
-        if saved.status & FEATURES_OK != 0 {
-            attached.model.negotiated(saved.driver_features);
-        }
-        state.queues = queues;
-        state.registers = Registers {
-            status: saved.status,
-            driver_features: saved.driver_features,
-            device_features_select: saved.device_features_select,
-            driver_features_select: saved.driver_features_select,
-            queue_select: saved.queue_select,
-            config_generation: saved.config_generation,
-        };
+        self.lock().restore(saved)?;
         self.interrupt.set_status(saved.interrupt_status);
         Ok(())
     }
@@ -542,13 +298,4 @@ impl<M: Model> MmioDevice for VirtioDevice<M> {
         }
         self.interrupt.raise_pending();
     }
-}
-
-fn half(features: u64, select: u32) -> u32 {
-    let shifted = match select {
-        0 => features & 0xffff_ffff,
-        1 => features >> 32,
-        _ => 0,
-    };
-    u32::try_from(shifted).unwrap_or(0)
 }
