@@ -76,6 +76,16 @@ impl Shared {
         });
     }
 
+    /// A slot that was being made is there, and nobody waits for it: a spare, unless the pool is closing.
+    fn arrived(self: &Arc<Self>, slot: Slot) {
+        if self.state().closing {
+            self.scrub(slot.number);
+            self.settle(|_| {});
+        } else {
+            self.settle(|state| state.spares.push(slot));
+        }
+    }
+
     /// Something that was in motion has come to rest.
     fn settle(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state();
@@ -222,10 +232,10 @@ impl SlotPool {
         let shared = self.shared.clone();
         tokio::spawn(async move {
             match shared.create(number).await {
-                Ok(slot) => {
-                    let unwanted = done.send(Ok(slot)).err().and_then(Result::ok);
-                    shared.settle(|state| state.spares.extend(unwanted));
-                }
+                Ok(slot) => match done.send(Ok(slot)) {
+                    Err(Ok(unwanted)) => shared.arrived(unwanted),
+                    _ => shared.settle(|_| {}),
+                },
                 Err(error) => {
                     shared.settle(|state| {
                         state.free.insert(number);
@@ -323,13 +333,15 @@ async fn refill(shared: Arc<Shared>) {
         let made = tokio::spawn(async move {
             let made = worker.create(number).await;
             let ok = made.is_ok();
-            worker.settle(|state| match made {
-                Ok(slot) => state.spares.push(slot),
+            match made {
+                Ok(slot) => worker.arrived(slot),
                 Err(error) => {
                     tracing::warn!(error = crate::execution::chain(&error), "no spare slot made");
-                    state.free.insert(number);
+                    worker.settle(|state| {
+                        state.free.insert(number);
+                    });
                 }
-            });
+            }
             ok
         });
         if !made.await.unwrap_or(false) {

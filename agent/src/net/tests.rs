@@ -8,7 +8,9 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
+use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use torpor_api::vmm::{GATEWAY_IP, GATEWAY_MAC, GUEST_IP, GUEST_MAC, GUEST_PREFIX_LEN};
 
 use super::links::Links;
@@ -29,7 +31,7 @@ struct Netns(File);
 impl Netns {
     fn new() -> Self {
         let made = std::thread::spawn(|| {
-            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
             netlink(async |links| {
                 up(&links, "lo", None).await;
             });
@@ -130,7 +132,16 @@ fn carry(a: &File, b: &File, stopped: &OwnedFd) {
 /// Run `test` on a host of its own that has a world outside.
 fn on_a_host(test: impl AsyncFnOnce(&NetConfig, &Netns) + Send + 'static) {
     let host = std::thread::spawn(move || {
-        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        // The mount namespace takes the names of slots with it when a test fails.
+        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+        mount(
+            None::<&str>,
+            "/",
+            None::<&str>,
+            MsFlags::MS_PRIVATE | MsFlags::MS_REC,
+            None::<&str>,
+        )
+        .unwrap();
         let dir = tempfile::tempdir().unwrap();
         let world = Netns::new();
         let runtime = tokio::runtime::Builder::new_current_thread()
