@@ -71,7 +71,11 @@ fn superuser() -> Account {
         name: "root".to_owned(),
         home: "/root".to_owned(),
         shell: "/bin/sh".to_owned(),
-        credentials: Credentials { uid: Uid::from_raw(0), gid: Gid::from_raw(0), groups: Vec::new() },
+        credentials: Credentials {
+            uid: Uid::from_raw(0),
+            gid: Gid::from_raw(0),
+            groups: Vec::new(),
+        },
     }
 }
 
@@ -80,9 +84,26 @@ fn parse_user(line: &str) -> Option<Account> {
     let name = fields.next().filter(|name| !name.is_empty())?.to_owned();
     let uid = Uid::from_raw(fields.nth(1)?.parse().ok()?);
     let gid = Gid::from_raw(fields.next()?.parse().ok()?);
-    let home = fields.nth(1).filter(|home| home.starts_with('/')).unwrap_or("/").to_owned();
-    let shell = fields.next().filter(|shell| !shell.is_empty()).unwrap_or("/bin/sh").to_owned();
-    Some(Account { name, home, shell, credentials: Credentials { uid, gid, groups: Vec::new() } })
+    let home = fields
+        .nth(1)
+        .filter(|home| home.starts_with('/'))
+        .unwrap_or("/")
+        .to_owned();
+    let shell = fields
+        .next()
+        .filter(|shell| !shell.is_empty())
+        .unwrap_or("/bin/sh")
+        .to_owned();
+    Some(Account {
+        name,
+        home,
+        shell,
+        credentials: Credentials {
+            uid,
+            gid,
+            groups: Vec::new(),
+        },
+    })
 }
 
 /// The primary group and every group that lists the user, each once.
@@ -91,7 +112,9 @@ fn groups_of(groups: &str, account: &Account) -> Vec<Gid> {
     for line in groups.lines() {
         let mut fields = line.split(':');
         let gid = fields.nth(2).and_then(|gid| gid.parse().ok()).map(Gid::from_raw);
-        let is_member = fields.next().is_some_and(|members| members.split(',').any(|m| m == account.name));
+        let is_member = fields
+            .next()
+            .is_some_and(|members| members.split(',').any(|m| m == account.name));
         if let Some(gid) = gid
             && is_member
             && !found.contains(&gid)
@@ -120,7 +143,10 @@ mod tests {
 
     #[test]
     fn a_name_wins_over_the_same_number_and_a_number_finds_a_user() {
-        assert_eq!(parse(PASSWD, GROUP, "7").unwrap().credentials.uid, Uid::from_raw(70));
+        assert_eq!(
+            parse(PASSWD, GROUP, "7").unwrap().credentials.uid,
+            Uid::from_raw(70)
+        );
         assert_eq!(parse(PASSWD, GROUP, "7").unwrap().home, "/");
         assert_eq!(parse(PASSWD, GROUP, "1000").unwrap().name, "dev");
     }

@@ -71,7 +71,11 @@ impl Children {
         let ended = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
         let mut running = self.lock();
         let pid = fork()?;
-        let child = Arc::new(Child { pid, code: OnceLock::new(), ended });
+        let child = Arc::new(Child {
+            pid,
+            code: OnceLock::new(),
+            ended,
+        });
         running.insert(pid, Arc::clone(&child));
         Ok(child)
     }

@@ -112,7 +112,12 @@ mod tests {
 
     #[test]
     fn a_service_refuses_what_it_does_not_know() {
-        for bad in [&["splash"][..], &["--listen"], &["--listen", "tcp:1"], &["--listen", "unix:"]] {
+        for bad in [
+            &["splash"][..],
+            &["--listen"],
+            &["--listen", "tcp:1"],
+            &["--listen", "unix:"],
+        ] {
             assert!(parsed(bad, false).is_err(), "{bad:?}");
         }
         assert_eq!(parsed(&["--version"], false), Ok(Action::Version));

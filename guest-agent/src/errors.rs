@@ -43,7 +43,11 @@ impl From<ExecError> for Failed {
             ExecError::BadSpec(_) | ExecError::Protocol(_) => GuestErrorCode::BadRequest,
             ExecError::Account(AccountError::Unknown(_)) => GuestErrorCode::NotFound,
             ExecError::Account(AccountError::Read { .. }) | ExecError::Os { .. } => GuestErrorCode::Os,
-            ExecError::Start { step: Step::Directory, source, .. } => code_of(source),
+            ExecError::Start {
+                step: Step::Directory,
+                source,
+                ..
+            } => code_of(source),
             ExecError::Start { .. } => GuestErrorCode::ExecFailed,
         };
         Self(error(code, chain(&cause)))

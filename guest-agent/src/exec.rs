@@ -9,6 +9,7 @@ mod command;
 mod link;
 mod orphaned_output;
 mod session;
+mod streams;
 
 use crate::accounts::AccountError;
 use crate::children::{Child, Children};
@@ -100,8 +101,9 @@ impl Execs {
     }
 
     fn start(&self, program: &Program, streams: &Streams<'_>) -> Result<Arc<Child>, ExecError> {
-        let (report, reporter) =
-            pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from).map_err(ExecError::os("make a pipe"))?;
+        let (report, reporter) = pipe2(OFlag::O_CLOEXEC)
+            .map_err(io::Error::from)
+            .map_err(ExecError::os("make a pipe"))?;
         let child = self
             .children
             .start(|| spawn::fork_exec(program, streams, &reporter))
@@ -115,12 +117,20 @@ impl Execs {
 }
 
 fn start_error(program: &Program, failure: spawn::Failure) -> ExecError {
-    let name = program.argv.first().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = program
+        .argv
+        .first()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let what = match failure.step {
         Step::Session => format!("make a session for {name}"),
         Step::User => format!("become the user for {name}"),
         Step::Directory => format!("enter directory {}", program.cwd.to_string_lossy()),
         Step::Exec => format!("execute {name}"),
     };
-    ExecError::Start { step: failure.step, what, source: failure.source }
+    ExecError::Start {
+        step: failure.step,
+        what,
+        source: failure.source,
+    }
 }

@@ -76,7 +76,11 @@ pub enum FileError {
 
 impl FileError {
     fn at(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Path { operation, path: path.to_owned(), source }
+        move |source| Self::Path {
+            operation,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -84,7 +88,9 @@ fn absolute(path: &str) -> Result<&Path, FileError> {
     if path.starts_with('/') && !path.contains('\0') {
         Ok(Path::new(path))
     } else {
-        Err(FileError::BadPath { path: path.to_owned() })
+        Err(FileError::BadPath {
+            path: path.to_owned(),
+        })
     }
 }
 
@@ -106,7 +112,11 @@ pub fn list(path: &str) -> Result<GuestResponse, Failed> {
             }
         }
         if len_bytes > MAX_PAYLOAD {
-            return Err(FileError::TooManyEntries { path: path.to_owned(), count: entries.len() }.into());
+            return Err(FileError::TooManyEntries {
+                path: path.to_owned(),
+                count: entries.len(),
+            }
+            .into());
         }
     }
     entries.sort_by(|a, b| a.name.cmp(&b.name));
@@ -124,7 +134,12 @@ fn entry(path: &Path) -> io::Result<FileEntry> {
     let metadata = fs::symlink_metadata(path)?;
     let kind = metadata.file_type();
     let (file_type, symlink_target) = if kind.is_symlink() {
-        (FileType::Symlink, fs::read_link(path).ok().map(|target| target.to_string_lossy().into_owned()))
+        (
+            FileType::Symlink,
+            fs::read_link(path)
+                .ok()
+                .map(|target| target.to_string_lossy().into_owned()),
+        )
     } else if kind.is_dir() {
         (FileType::Directory, None)
     } else if kind.is_file() {
@@ -132,7 +147,11 @@ fn entry(path: &Path) -> io::Result<FileEntry> {
     } else {
         (FileType::Other, None)
     };
-    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    let name = path
+        .file_name()
+        .unwrap_or(path.as_os_str())
+        .to_string_lossy()
+        .into_owned();
     Ok(FileEntry {
         name,
         path: path.to_string_lossy().into_owned(),
@@ -141,7 +160,10 @@ fn entry(path: &Path) -> io::Result<FileEntry> {
         mode: metadata.mode() & 0o7777,
         uid: metadata.uid(),
         gid: metadata.gid(),
-        modified_unix_ms: metadata.mtime().saturating_mul(1000).saturating_add(metadata.mtime_nsec() / 1_000_000),
+        modified_unix_ms: metadata
+            .mtime()
+            .saturating_mul(1000)
+            .saturating_add(metadata.mtime_nsec() / 1_000_000),
         symlink_target,
     })
 }
@@ -188,7 +210,8 @@ pub fn read(
     let path = absolute(path)?;
     let mut file = open_regular(OpenOptions::new().read(true), "open", path)?;
     if offset > 0 {
-        file.seek(io::SeekFrom::Start(offset)).map_err(FileError::at("seek in", path))?;
+        file.seek(io::SeekFrom::Start(offset))
+            .map_err(FileError::at("seek in", path))?;
     }
     let mut file = file.take(len.unwrap_or(u64::MAX));
     let mut buffer = vec![0; BUFFER_BYTES];
@@ -202,7 +225,9 @@ pub fn read(
         };
         let frame = wire::frame(FrameType::Data, buffer.get(..n).unwrap_or_default());
         let frame = frame.map_err(|error| FileError::Wire(error.into()))?;
-        socket.write_all(&frame).map_err(|error| FileError::Wire(WireError::Write(error)))?;
+        socket
+            .write_all(&frame)
+            .map_err(|error| FileError::Wire(WireError::Write(error)))?;
         bytes += u64::try_from(frame.len() - HEADER_LEN).unwrap_or(0);
     }
 }
@@ -222,7 +247,11 @@ pub fn write(
         fs::create_dir_all(parent).map_err(FileError::at("make directory", parent))?;
     }
     let mut options = OpenOptions::new();
-    options.create(true).mode(mode.unwrap_or(0o644)).append(append).write(true);
+    options
+        .create(true)
+        .mode(mode.unwrap_or(0o644))
+        .append(append)
+        .write(true);
     let mut file = open_regular(&mut options, "open", path)?;
     if !append {
         // Not O_TRUNC: what is no regular file must stay untouched.
@@ -247,7 +276,9 @@ fn receive(socket: &mut UnixStream, file: &mut File, path: &Path) -> Result<Gues
         }
         while left > 0 {
             let part = buffer.get_mut(..left.min(BUFFER_BYTES)).unwrap_or_default();
-            socket.read_exact(part).map_err(|error| FileError::Wire(WireError::Read(error)))?;
+            socket
+                .read_exact(part)
+                .map_err(|error| FileError::Wire(WireError::Read(error)))?;
             file.write_all(part).map_err(FileError::at("write", path))?;
             left -= part.len();
             bytes += u64::try_from(part.len()).unwrap_or(0);
@@ -262,7 +293,12 @@ fn open_regular(options: &mut OpenOptions, operation: &'static str, path: &Path)
     if let Ok(metadata) = fs::metadata(path)
         && !metadata.is_file()
     {
-        return Err(FileError::NotAFile { path: path.to_owned() });
+        return Err(FileError::NotAFile {
+            path: path.to_owned(),
+        });
     }
-    options.custom_flags(O_NONBLOCK | O_NOCTTY).open(path).map_err(FileError::at(operation, path))
+    options
+        .custom_flags(O_NONBLOCK | O_NOCTTY)
+        .open(path)
+        .map_err(FileError::at(operation, path))
 }

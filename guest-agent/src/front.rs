@@ -53,7 +53,13 @@ pub struct Front {
 impl Front {
     /// Serve what connects to this listener.
     pub fn new(listener: Listener, server: Arc<Server>) -> Self {
-        Self { listener, server, request_timeout: REQUEST_TIMEOUT, pending: Vec::new(), accept_after: None }
+        Self {
+            listener,
+            server,
+            request_timeout: REQUEST_TIMEOUT,
+            pending: Vec::new(),
+            accept_after: None,
+        }
     }
 
     /// Serve; returns never.
@@ -93,15 +99,27 @@ impl Front {
     fn wait(&mut self) -> (bool, Vec<bool>) {
         let now = Instant::now();
         self.accept_after = self.accept_after.filter(|after| *after > now);
-        let next = self.pending.iter().map(|pending| pending.deadline).chain(self.accept_after).min();
+        let next = self
+            .pending
+            .iter()
+            .map(|pending| pending.deadline)
+            .chain(self.accept_after)
+            .min();
         let timeout = next.map_or(PollTimeout::NONE, |next| {
             let ms = next.saturating_duration_since(now).as_micros().div_ceil(1000);
             PollTimeout::from(u16::try_from(ms).unwrap_or(u16::MAX))
         });
-        let accepting =
-            if self.accept_after.is_some() { PollFlags::empty() } else { PollFlags::POLLIN };
+        let accepting = if self.accept_after.is_some() {
+            PollFlags::empty()
+        } else {
+            PollFlags::POLLIN
+        };
         let mut fds = vec![PollFd::new(self.listener.as_fd(), accepting)];
-        fds.extend(self.pending.iter().map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN)));
+        fds.extend(
+            self.pending
+                .iter()
+                .map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN)),
+        );
         let _ = poll(&mut fds, timeout);
         let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
         (ready.next().unwrap_or(false), ready.collect())
@@ -113,8 +131,11 @@ impl Front {
                 if self.pending.len() >= MAX_PENDING {
                     self.pending.remove(0);
                 }
-                let mut connection =
-                    Pending { socket, bytes: Vec::new(), deadline: Instant::now() + self.request_timeout };
+                let mut connection = Pending {
+                    socket,
+                    bytes: Vec::new(),
+                    deadline: Instant::now() + self.request_timeout,
+                };
                 // The request is often there already.
                 match connection.read() {
                     Progress::Complete => self.hand_over(connection),
@@ -169,7 +190,9 @@ impl Pending {
         };
         let (kind, len) = decode_header(*header).map_err(|error| bad(error.to_string()))?;
         if kind != FrameType::Request {
-            return Err(bad(format!("a connection begins with a request, not with {kind:?}")));
+            return Err(bad(format!(
+                "a connection begins with a request, not with {kind:?}"
+            )));
         }
         Ok((HEADER_LEN + len).saturating_sub(self.bytes.len()))
     }

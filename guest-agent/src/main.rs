@@ -46,9 +46,13 @@ const CHILD_OPEN_FILES: u64 = 524_288;
 
 fn main() -> ExitCode {
     sys::process::use_one_malloc_arena();
-    std::panic::set_hook(Box::new(|panic| log::line(Level::Error, format_args!("defect: {panic}"))));
+    std::panic::set_hook(Box::new(|panic| {
+        log::line(Level::Error, format_args!("defect: {panic}"))
+    }));
     let is_pid_1 = std::process::id() == 1;
-    let args = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned());
+    let args = std::env::args_os()
+        .skip(1)
+        .map(|arg| arg.to_string_lossy().into_owned());
     match config::parse(args, is_pid_1) {
         Ok(Action::Serve(config)) => serve(&config),
         Ok(Action::Help) => {
@@ -73,7 +77,10 @@ fn serve(config: &Config) -> ExitCode {
             if let Some(front) = front {
                 let thread = threads::start("front", move || front.run());
                 if let Err(error) = thread {
-                    log::line(Level::Error, format_args!("cannot start the listener's thread: {error}"));
+                    log::line(
+                        Level::Error,
+                        format_args!("cannot start the listener's thread: {error}"),
+                    );
                 }
             }
             if config.init {
@@ -101,7 +108,10 @@ fn start(config: &Config) -> io::Result<(supervise::Supervisor, Option<Front>)> 
         init::bring_up();
     }
     for arg in &config.ignored {
-        log::line(Level::Warning, format_args!("argument {arg:?} means nothing to the agent"));
+        log::line(
+            Level::Warning,
+            format_args!("argument {arg:?} means nothing to the agent"),
+        );
     }
     let _ = sys::process::close_inherited_on_exec();
     // Orphans of background processes come here even under another init, so none is left a zombie.
@@ -112,12 +122,18 @@ fn start(config: &Config) -> io::Result<(supervise::Supervisor, Option<Front>)> 
         Ok(listener) => Some(Front::new(listener, Arc::clone(&server))),
         // An init without a host to talk to is still an init; a service without one is nothing.
         Err(error) if config.init => {
-            log::line(Level::Error, format_args!("cannot listen on {:?}: {error}", config.listen));
+            log::line(
+                Level::Error,
+                format_args!("cannot listen on {:?}: {error}", config.listen),
+            );
             None
         }
         Err(error) => return Err(error),
     };
-    log::line(Level::Info, format_args!("{} serves {:?}", env!("CARGO_PKG_VERSION"), config.listen));
+    log::line(
+        Level::Info,
+        format_args!("{} serves {:?}", env!("CARGO_PKG_VERSION"), config.listen),
+    );
     Ok((supervise::Supervisor::new(signals, server), front))
 }
 
@@ -125,7 +141,11 @@ fn start(config: &Config) -> io::Result<(supervise::Supervisor, Option<Front>)> 
 fn raise_open_files() -> io::Result<(u64, u64)> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     let raised = hard.max(CHILD_OPEN_FILES);
-    let hard = if setrlimit(Resource::RLIMIT_NOFILE, soft, raised).is_ok() { raised } else { hard };
+    let hard = if setrlimit(Resource::RLIMIT_NOFILE, soft, raised).is_ok() {
+        raised
+    } else {
+        hard
+    };
     let _ = setrlimit(Resource::RLIMIT_NOFILE, soft.max(OPEN_FILES).min(hard), hard);
     Ok((soft, hard))
 }

@@ -48,7 +48,10 @@ pub fn quiesce() -> Result<GuestResponse, Failed> {
 }
 
 fn open(mount: &Mount) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open(&mount.point)
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(nix::libc::O_NONBLOCK)
+        .open(&mount.point)
 }
 
 /// `id parent major:minor root point options optional… - type source super-options`
@@ -62,7 +65,12 @@ fn parse(line: &[u8]) -> Option<Mount> {
     let source = String::from_utf8_lossy(&unescape(rest.next()?)).into_owned();
     let mut options = rest.next()?.split(|&byte| byte == b',');
     let writable = writable_here && !options.any(|option| option == b"ro");
-    Some(Mount { device, point, source, writable })
+    Some(Mount {
+        device,
+        point,
+        source,
+        writable,
+    })
 }
 
 /// Blanks and the like are octal escapes in the table.
@@ -73,7 +81,11 @@ fn unescape(field: &[u8]) -> Vec<u8> {
         let escape = (byte == b'\\').then(|| tail.first_chunk::<3>()).flatten();
         let value = escape.and_then(|digits| u8::from_str_radix(std::str::from_utf8(digits).ok()?, 8).ok());
         plain.push(value.unwrap_or(byte));
-        rest = if value.is_some() { tail.get(3..).unwrap_or_default() } else { tail };
+        rest = if value.is_some() {
+            tail.get(3..).unwrap_or_default()
+        } else {
+            tail
+        };
     }
     plain
 }
@@ -84,10 +96,14 @@ mod tests {
 
     #[test]
     fn a_line_with_blanks_in_its_path_and_optional_fields_is_understood() {
-        let line = br"36 35 98:0 /mnt1 /my\040disk rw,noatime master:1 shared:2 - ext4 /dev/vda rw,errors=continue";
+        let line =
+            br"36 35 98:0 /mnt1 /my\040disk rw,noatime master:1 shared:2 - ext4 /dev/vda rw,errors=continue";
         let mount = parse(line).unwrap();
         assert_eq!(mount.point, PathBuf::from("/my disk"));
-        assert_eq!((mount.device.as_str(), mount.source.as_str()), ("98:0", "/dev/vda"));
+        assert_eq!(
+            (mount.device.as_str(), mount.source.as_str()),
+            ("98:0", "/dev/vda")
+        );
         assert!(mount.writable);
     }
 

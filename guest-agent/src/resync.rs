@@ -37,14 +37,11 @@ pub enum ResyncError {
 }
 
 /// Step the clock if it is off, stir the pool. `random` is `/dev/random`, opened before the restore.
-pub fn resync(
-    random: Option<&File>,
-    wall_unix_ns: u64,
-    entropy: &str,
-) -> Result<GuestResponse, ResyncError> {
+pub fn resync(random: Option<&File>, wall_unix_ns: u64, entropy: &str) -> Result<GuestResponse, ResyncError> {
     let wall_ns = i64::try_from(wall_unix_ns).map_err(|_| ResyncError::BadTime(wall_unix_ns))?;
-    let entropy =
-        BASE64_STANDARD.decode(entropy).map_err(|error| ResyncError::BadEntropy(error.to_string()))?;
+    let entropy = BASE64_STANDARD
+        .decode(entropy)
+        .map_err(|error| ResyncError::BadEntropy(error.to_string()))?;
     if !(MIN_ENTROPY..=MAX_ENTROPY).contains(&entropy.len()) {
         return Err(ResyncError::BadEntropy(format!("{} bytes", entropy.len())));
     }
@@ -55,7 +52,10 @@ pub fn resync(
             .map_err(ResyncError::Random)?,
     }
     let wall_unix_ns = u64::try_from(now_ns()?).map_err(|_| ResyncError::BadTime(0))?;
-    Ok(GuestResponse::Resynced { step_ns, wall_unix_ns })
+    Ok(GuestResponse::Resynced {
+        step_ns,
+        wall_unix_ns,
+    })
 }
 
 fn step(wall_ns: i64) -> Result<i64, ResyncError> {
@@ -71,12 +71,19 @@ fn step(wall_ns: i64) -> Result<i64, ResyncError> {
 /// By how much to step, in nanoseconds.
 fn step_for(wall_ns: i64, now_ns: i64) -> i64 {
     let off_ns = wall_ns.saturating_sub(now_ns);
-    if off_ns.saturating_abs() <= STEP_THRESHOLD_NS { 0 } else { off_ns }
+    if off_ns.saturating_abs() <= STEP_THRESHOLD_NS {
+        0
+    } else {
+        off_ns
+    }
 }
 
 fn now_ns() -> Result<i64, ResyncError> {
     let now = clock_gettime(ClockId::CLOCK_REALTIME).map_err(|errno| ResyncError::Clock(errno.into()))?;
-    Ok(now.tv_sec().saturating_mul(NS_PER_S).saturating_add(now.tv_nsec()))
+    Ok(now
+        .tv_sec()
+        .saturating_mul(NS_PER_S)
+        .saturating_add(now.tv_nsec()))
 }
 
 #[cfg(test)]
@@ -85,7 +92,12 @@ mod tests {
 
     #[test]
     fn nothing_is_stepped_for_a_bad_request() {
-        for (wall, entropy) in [(u64::MAX, "AAAAAAAAAAAAAAAAAAAAAA=="), (1, "?"), (1, ""), (1, "AAAA")] {
+        for (wall, entropy) in [
+            (u64::MAX, "AAAAAAAAAAAAAAAAAAAAAA=="),
+            (1, "?"),
+            (1, ""),
+            (1, "AAAA"),
+        ] {
             assert!(matches!(
                 resync(None, wall, entropy),
                 Err(ResyncError::BadEntropy(_) | ResyncError::BadTime(_))

@@ -61,12 +61,17 @@ impl Server {
         if let Some(result) = self.answer_quickly(&request) {
             wire::finish(&mut socket, result.map_err(|failed| failed.0));
             if let GuestRequest::Shutdown { reboot } = request {
-                self.shutdown.throw(if reboot { Ending::Reboot } else { Ending::PowerOff });
+                self.shutdown
+                    .throw(if reboot { Ending::Reboot } else { Ending::PowerOff });
             }
             return;
         }
         if self.shutdown.ending().is_some() {
-            return refuse(&mut socket, GuestErrorCode::Os, "the machine is shutting down".to_owned());
+            return refuse(
+                &mut socket,
+                GuestErrorCode::Os,
+                "the machine is shutting down".to_owned(),
+            );
         }
         let Some(worker) = Worker::register(self) else {
             let message = format!("{MAX_WORKERS} operations are running already");
@@ -74,17 +79,23 @@ impl Server {
         };
         // The peer learns of a thread that could not start by the connection closing.
         if let Err(error) = threads::start("operation", move || worker.run(socket, request)) {
-            crate::log::line(crate::log::Level::Error, format_args!("cannot start a thread: {error}"));
+            crate::log::line(
+                crate::log::Level::Error,
+                format_args!("cannot start a thread: {error}"),
+            );
         }
     }
 
     /// The answer to a request that takes no time; `None` for any other.
     fn answer_quickly(&self, request: &GuestRequest) -> Option<Result<GuestResponse, Failed>> {
         Some(match request {
-            GuestRequest::Ping => Ok(GuestResponse::Pong { version: env!("CARGO_PKG_VERSION").to_owned() }),
-            GuestRequest::Resync { wall_unix_ns, entropy } => {
-                resync::resync(self.random.as_ref(), *wall_unix_ns, entropy).map_err(Failed::from)
-            }
+            GuestRequest::Ping => Ok(GuestResponse::Pong {
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+            }),
+            GuestRequest::Resync {
+                wall_unix_ns,
+                entropy,
+            } => resync::resync(self.random.as_ref(), *wall_unix_ns, entropy).map_err(Failed::from),
             GuestRequest::Probe { port } => usage::probe(*port),
             GuestRequest::Metrics => usage::metrics(),
             GuestRequest::SignalGroup { pid, signal } => self.signal_group(*pid, *signal),
@@ -162,5 +173,8 @@ fn run_slow(socket: &mut UnixStream, request: GuestRequest) -> Result<GuestRespo
 
 /// A request that `serve` answers elsewhere came here: a defect, but no reason to panic.
 fn misrouted() -> GuestError {
-    wire::error(GuestErrorCode::Os, "the agent routed a request wrongly".to_owned())
+    wire::error(
+        GuestErrorCode::Os,
+        "the agent routed a request wrongly".to_owned(),
+    )
 }

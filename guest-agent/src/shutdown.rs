@@ -25,7 +25,10 @@ impl Shutdown {
     /// Not thrown.
     pub fn new() -> io::Result<Self> {
         let thrown = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?;
-        Ok(Self { ending: OnceLock::new(), thrown })
+        Ok(Self {
+            ending: OnceLock::new(),
+            thrown,
+        })
     }
 
     /// End the machine.

@@ -25,7 +25,10 @@ pub fn take_signals() -> io::Result<SignalFd> {
         signals.add(signal);
     }
     signals.thread_block()?;
-    Ok(SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
+    Ok(SignalFd::with_flags(
+        &signals,
+        SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK,
+    )?)
 }
 
 /// What a signal asks for.
@@ -95,7 +98,10 @@ impl Supervisor {
         // The kernel refused to end the machine. PID 1 must stay, and reap; without the listener's
         // event, which is spent, it waits for signals only.
         loop {
-            let _ = poll(&mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+            let _ = poll(
+                &mut [PollFd::new(self.signals.as_fd(), PollFlags::POLLIN)],
+                PollTimeout::NONE,
+            );
             self.read_signals();
             self.server.execs.children.reap();
         }

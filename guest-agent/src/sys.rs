@@ -18,7 +18,11 @@ use std::os::fd::{AsFd, AsRawFd};
 
 /// `Ok` of a C return value that is not negative.
 fn checked(rc: libc::c_int) -> io::Result<libc::c_int> {
-    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(rc) }
+    if rc < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(rc)
+    }
 }
 
 /// How many bytes a read from this pipe or terminal would find.

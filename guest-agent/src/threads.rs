@@ -7,5 +7,9 @@ const STACK_BYTES: usize = 256 << 10;
 
 /// Start a thread that nobody joins.
 pub fn start(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    std::thread::Builder::new().name(name.to_owned()).stack_size(STACK_BYTES).spawn(body).map(drop)
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(body)
+        .map(drop)
 }

@@ -30,9 +30,18 @@ pub fn metrics() -> Result<GuestResponse, Failed> {
 
 /// user + nice + system + irq + softirq; idle, I/O wait and what the host took away are not busy.
 fn busy_ticks(stat: &str) -> u64 {
-    let line = stat.lines().find_map(|line| line.strip_prefix("cpu ")).unwrap_or_default();
-    let ticks: Vec<u64> = line.split_whitespace().map_while(|field| field.parse().ok()).collect();
-    [0, 1, 2, 5, 6].iter().filter_map(|&i| ticks.get(i)).fold(0, |sum, n| sum.saturating_add(*n))
+    let line = stat
+        .lines()
+        .find_map(|line| line.strip_prefix("cpu "))
+        .unwrap_or_default();
+    let ticks: Vec<u64> = line
+        .split_whitespace()
+        .map_while(|field| field.parse().ok())
+        .collect();
+    [0, 1, 2, 5, 6]
+        .iter()
+        .filter_map(|&i| ticks.get(i))
+        .fold(0, |sum, n| sum.saturating_add(*n))
 }
 
 fn meminfo_bytes(meminfo: &str, key: &str) -> u64 {
@@ -90,13 +99,19 @@ mod tests {
 
     #[test]
     fn waiting_and_stolen_time_is_not_busy() {
-        assert_eq!(busy_ticks("cpu  1 2 4 100 100 8 16 100 100 100\ncpu0 9 9 9\n"), 31);
+        assert_eq!(
+            busy_ticks("cpu  1 2 4 100 100 8 16 100 100 100\ncpu0 9 9 9\n"),
+            31
+        );
         assert_eq!(busy_ticks("nonsense"), 0);
     }
 
     #[test]
     fn memory_figures_are_in_bytes() {
-        assert_eq!(meminfo_bytes("MemTotal:  2 kB\nMemAvailable: 1 kB\n", "MemAvailable:"), 1024);
+        assert_eq!(
+            meminfo_bytes("MemTotal:  2 kB\nMemAvailable: 1 kB\n", "MemAvailable:"),
+            1024
+        );
         assert_eq!(meminfo_bytes("", "MemTotal:"), 0);
     }
 }

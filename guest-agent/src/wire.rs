@@ -45,7 +45,10 @@ pub fn outcome(result: Result<GuestResponse, GuestError>) -> Vec<u8> {
     let encoded = result.and_then(|response| {
         let json = serde_json::to_vec(&response).map_err(|e| error(GuestErrorCode::Os, e.to_string()))?;
         frame(FrameType::Response, &json).map_err(|_| {
-            let message = format!("the answer of {} bytes is over the limit of {MAX_PAYLOAD}", json.len());
+            let message = format!(
+                "the answer of {} bytes is over the limit of {MAX_PAYLOAD}",
+                json.len()
+            );
             error(GuestErrorCode::Os, message)
         })
     });
@@ -83,7 +86,9 @@ mod tests {
 
     #[test]
     fn a_response_over_the_limit_becomes_an_error() {
-        let response = GuestResponse::Pong { version: "v".repeat(MAX_PAYLOAD) };
+        let response = GuestResponse::Pong {
+            version: "v".repeat(MAX_PAYLOAD),
+        };
         let bytes = outcome(Ok(response));
         assert_eq!(read_header(&mut bytes.as_slice()).unwrap().0, FrameType::Error);
     }

@@ -1,4 +1,9 @@
 //! The agent as the host sees it: the real binary, driven over a unix socket.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "tests; clippy.toml only sees #[test] functions"
+)]
 
 #[path = "agent/client.rs"]
 mod client;

@@ -28,7 +28,9 @@ pub fn run(
     socket: &mut UnixStream,
     spec: &ExecSpec,
 ) -> Result<Option<GuestResponse>, ExecError> {
-    let deadline = spec.timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
+    let deadline = spec
+        .timeout_ms
+        .and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
     let command = prepare(spec, execs.open_files)?;
     fs::create_dir_all(&execs.logs).map_err(ExecError::os("make the directory of logs"))?;
     prune(execs);
@@ -52,7 +54,14 @@ pub fn run(
     if let Ok(started) = wire::frame(FrameType::Started, &pid.to_le_bytes()) {
         let _ = socket.write_all(&started);
     }
-    wire::finish(socket, Ok(GuestResponse::Exited { pid, code: None, timed_out: false }));
+    wire::finish(
+        socket,
+        Ok(GuestResponse::Exited {
+            pid,
+            code: None,
+            timed_out: false,
+        }),
+    );
     // The thread may stay for the time-out, the connection must not.
     let _ = socket.shutdown(Shutdown::Both);
     if let Some(deadline) = deadline {
@@ -69,7 +78,10 @@ fn kill_at(execs: &Execs, child: &Child, deadline: Instant) {
             return;
         }
         let ms = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
-        let _ = poll(&mut [PollFd::new(child.ended(), PollFlags::POLLIN)], PollTimeout::from(ms));
+        let _ = poll(
+            &mut [PollFd::new(child.ended(), PollFlags::POLLIN)],
+            PollTimeout::from(ms),
+        );
     }
 }
 
@@ -88,7 +100,12 @@ impl<'a> Logs<'a> {
         let create = |kind: &str| {
             File::create(directory.join(format!(".new-{number}.{kind}"))).map_err(ExecError::os("make a log"))
         };
-        Ok(Self { directory, number, out: create("out")?, err: create("err")? })
+        Ok(Self {
+            directory,
+            number,
+            out: create("out")?,
+            err: create("err")?,
+        })
     }
 
     fn name_after(&self, pid: i32) -> Result<(), ExecError> {
@@ -108,7 +125,9 @@ impl<'a> Logs<'a> {
 }
 
 fn prune(execs: &Execs) {
-    let Ok(entries) = fs::read_dir(&execs.logs) else { return };
+    let Ok(entries) = fs::read_dir(&execs.logs) else {
+        return;
+    };
     let mut ended: Vec<(SystemTime, std::path::PathBuf)> = entries
         .flatten()
         .map(|entry| entry.path())

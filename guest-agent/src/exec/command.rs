@@ -28,10 +28,20 @@ pub fn prepare(spec: &ExecSpec, open_files: (u64, u64)) -> Result<Command, ExecE
     let account = Account::find(spec.user.as_deref().unwrap_or("root"))?;
     let env = environment(spec, &account);
     let path = env.get("PATH").map_or(DEFAULT_PATH, String::as_str);
-    let name = spec.argv.first().map(String::as_str).filter(|name| !name.is_empty());
+    let name = spec
+        .argv
+        .first()
+        .map(String::as_str)
+        .filter(|name| !name.is_empty());
     let name = name.ok_or_else(|| ExecError::BadSpec("argv is empty".to_owned()))?;
-    let candidates = candidates(name, path).map(|c| terminated("argv", c)).collect::<Result<_, _>>()?;
-    let argv = spec.argv.iter().map(|arg| terminated("argv", arg.clone())).collect::<Result<_, _>>()?;
+    let candidates = candidates(name, path)
+        .map(|c| terminated("argv", c))
+        .collect::<Result<_, _>>()?;
+    let argv = spec
+        .argv
+        .iter()
+        .map(|arg| terminated("argv", arg.clone()))
+        .collect::<Result<_, _>>()?;
     let cwd = terminated("cwd", working_directory(spec, &account)?)?;
     let env = env
         .into_iter()
@@ -39,15 +49,32 @@ pub fn prepare(spec: &ExecSpec, open_files: (u64, u64)) -> Result<Command, ExecE
         .collect::<Result<_, _>>()?;
     let credentials = (account.credentials.uid != Uid::effective() || Uid::effective().is_root())
         .then(|| account.credentials.clone());
-    Ok(Command { program: Program { candidates, argv, env, cwd, credentials, open_files }, account })
+    Ok(Command {
+        program: Program {
+            candidates,
+            argv,
+            env,
+            cwd,
+            credentials,
+            open_files,
+        },
+        account,
+    })
 }
 
 fn check_limits(spec: &ExecSpec) -> Result<(), ExecError> {
     let bad = |message: String| Err(ExecError::BadSpec(message));
     let args = spec.argv.iter().map(|arg| arg.len() + 1).sum::<usize>();
-    let env = spec.env.iter().map(|(key, value)| key.len() + value.len() + 2).sum::<usize>();
+    let env = spec
+        .env
+        .iter()
+        .map(|(key, value)| key.len() + value.len() + 2)
+        .sum::<usize>();
     if args + env > MAX_EXEC_BYTES {
-        return bad(format!("argv and env of {} bytes are over the limit of {MAX_EXEC_BYTES}", args + env));
+        return bad(format!(
+            "argv and env of {} bytes are over the limit of {MAX_EXEC_BYTES}",
+            args + env
+        ));
     }
     if let Some(key) = spec.env.keys().find(|key| key.is_empty() || key.contains('=')) {
         return bad(format!("{key:?} is no name of an environment variable"));
@@ -63,7 +90,11 @@ fn terminated(what: &str, text: String) -> Result<CString, ExecError> {
 }
 
 fn environment(spec: &ExecSpec, account: &Account) -> BTreeMap<String, String> {
-    let term = if spec.tty.is_some() { "xterm-256color" } else { "dumb" };
+    let term = if spec.tty.is_some() {
+        "xterm-256color"
+    } else {
+        "dumb"
+    };
     let defaults = [
         ("PATH", DEFAULT_PATH),
         ("HOME", &account.home),
@@ -73,8 +104,10 @@ fn environment(spec: &ExecSpec, account: &Account) -> BTreeMap<String, String> {
         ("LANG", "C.UTF-8"),
         ("TERM", term),
     ];
-    let mut env: BTreeMap<_, _> =
-        defaults.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    let mut env: BTreeMap<_, _> = defaults
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        .collect();
     env.extend(spec.env.clone());
     env
 }
@@ -83,10 +116,14 @@ fn environment(spec: &ExecSpec, account: &Account) -> BTreeMap<String, String> {
 fn candidates(name: &str, path: &str) -> impl Iterator<Item = String> {
     let direct = name.contains('/').then(|| name.to_owned());
     let searched = if direct.is_some() { "" } else { path };
-    let searched = searched.split(':').filter(|_| !name.contains('/')).map(move |directory| match directory {
-        "" => format!("./{name}"),
-        directory => format!("{directory}/{name}"),
-    });
+    let searched =
+        searched
+            .split(':')
+            .filter(|_| !name.contains('/'))
+            .map(move |directory| match directory {
+                "" => format!("./{name}"),
+                directory => format!("{directory}/{name}"),
+            });
     direct.into_iter().chain(searched.collect::<Vec<_>>())
 }
 
@@ -105,7 +142,10 @@ mod tests {
     use super::*;
 
     fn spec(argv: &[&str]) -> ExecSpec {
-        ExecSpec { argv: argv.iter().map(|arg| (*arg).to_owned()).collect(), ..ExecSpec::default() }
+        ExecSpec {
+            argv: argv.iter().map(|arg| (*arg).to_owned()).collect(),
+            ..ExecSpec::default()
+        }
     }
 
     fn tried(name: &str, path: &str) -> Vec<String> {
@@ -132,11 +172,30 @@ mod tests {
     fn specs_that_contradict_themselves_are_refused() {
         let mut env = spec(&["x"]);
         env.env.insert("A=B".to_owned(), String::new());
-        let relative = ExecSpec { cwd: Some("tmp".to_owned()), ..spec(&["x"]) };
-        let silent = ExecSpec { background: true, stdin: true, ..spec(&["x"]) };
+        let relative = ExecSpec {
+            cwd: Some("tmp".to_owned()),
+            ..spec(&["x"])
+        };
+        let silent = ExecSpec {
+            background: true,
+            stdin: true,
+            ..spec(&["x"])
+        };
         let huge = "x".repeat(MAX_EXEC_BYTES);
-        for bad in [spec(&[]), spec(&[""]), spec(&["a\0b"]), spec(&[&huge]), env, relative, silent] {
-            assert!(matches!(prepare(&bad, (1, 1)), Err(ExecError::BadSpec(_))), "{:.80}", format!("{bad:?}"));
+        for bad in [
+            spec(&[]),
+            spec(&[""]),
+            spec(&["a\0b"]),
+            spec(&[&huge]),
+            env,
+            relative,
+            silent,
+        ] {
+            assert!(
+                matches!(prepare(&bad, (1, 1)), Err(ExecError::BadSpec(_))),
+                "{:.80}",
+                format!("{bad:?}")
+            );
         }
     }
 }

@@ -39,7 +39,11 @@ impl<'a> Link<'a> {
     /// Make the socket non-blocking.
     pub fn new(socket: &'a UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
-        Ok(Self { socket, inbox: Vec::new(), outbox: Vec::new() })
+        Ok(Self {
+            socket,
+            inbox: Vec::new(),
+            outbox: Vec::new(),
+        })
     }
 
     /// For poll.
@@ -88,7 +92,8 @@ impl<'a> Link<'a> {
 
     /// Queue a frame for the client.
     pub fn queue(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), FrameError> {
-        self.outbox.extend_from_slice(&encode_header(kind, payload.len())?);
+        self.outbox
+            .extend_from_slice(&encode_header(kind, payload.len())?);
         self.outbox.extend_from_slice(payload);
         Ok(())
     }
@@ -114,5 +119,8 @@ impl<'a> Link<'a> {
 
 /// Errors that mean "try again when poll says so".
 pub fn is_transient(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
 }

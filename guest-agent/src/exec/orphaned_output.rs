@@ -39,7 +39,11 @@ impl OrphanedOutput {
         }
         // Without a thread the pipes close here, as they would without this module.
         if let Some(arrivals) = started.as_ref() {
-            arrivals.files.lock().unwrap_or_else(PoisonError::into_inner).extend(files);
+            arrivals
+                .files
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .extend(files);
             let _ = arrivals.arrived.write(1);
         }
     }
@@ -47,12 +51,18 @@ impl OrphanedOutput {
 
 fn start() -> Option<Arc<Arrivals>> {
     let arrived = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).ok()?;
-    let arrivals = Arc::new(Arrivals { files: Mutex::default(), arrived });
+    let arrivals = Arc::new(Arrivals {
+        files: Mutex::default(),
+        arrived,
+    });
     let shared = Arc::clone(&arrivals);
     match threads::start("orphaned-output", move || discard(&shared)) {
         Ok(()) => Some(arrivals),
         Err(error) => {
-            log::line(Level::Warning, format_args!("cannot keep orphaned output: {error}"));
+            log::line(
+                Level::Warning,
+                format_args!("cannot keep orphaned output: {error}"),
+            );
             None
         }
     }

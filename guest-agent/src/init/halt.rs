@@ -37,7 +37,10 @@ pub fn halt(ending: Ending, children: &Children, signals: &SignalFd) {
         Ending::Reboot => RebootMode::RB_AUTOBOOT,
     };
     let Err(errno) = reboot(mode);
-    log::line(Level::Error, format_args!("cannot end the machine by {mode:?}: {errno}"));
+    log::line(
+        Level::Error,
+        format_args!("cannot end the machine by {mode:?}: {errno}"),
+    );
 }
 
 /// Reap until there is no child left; PID 1's children are, in the end, all processes.
@@ -52,7 +55,10 @@ fn all_gone(grace: Duration, children: &Children, signals: &SignalFd) -> bool {
             return false;
         }
         let ms = u16::try_from(left.as_micros().div_ceil(1000)).unwrap_or(u16::MAX);
-        let _ = poll(&mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)], PollTimeout::from(ms));
+        let _ = poll(
+            &mut [PollFd::new(signals.as_fd(), PollFlags::POLLIN)],
+            PollTimeout::from(ms),
+        );
         let _ = signals.read_signal();
     }
 }
@@ -67,7 +73,10 @@ fn release_file_systems() {
         }
         let flags = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
         if let Err(errno) = mount(None::<&str>, &disk.point, None::<&str>, flags, None::<&str>) {
-            log::line(Level::Warning, format_args!("cannot make {:?} read-only: {errno}", disk.point));
+            log::line(
+                Level::Warning,
+                format_args!("cannot make {:?} read-only: {errno}", disk.point),
+            );
         }
     }
     nix::unistd::sync();

@@ -15,24 +15,61 @@ struct FileSystem {
     options: &'static str,
 }
 
-const NO_SUID_EXEC: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC).union(MsFlags::MS_NODEV);
+const NO_SUID_EXEC: MsFlags = MsFlags::MS_NOSUID
+    .union(MsFlags::MS_NOEXEC)
+    .union(MsFlags::MS_NODEV);
 const NO_SUID_DEV: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
 
 /// In order: later ones lie inside earlier ones.
 const FILE_SYSTEMS: [FileSystem; 8] = [
-    FileSystem { kind: "proc", point: "/proc", flags: NO_SUID_EXEC, options: "" },
-    FileSystem { kind: "sysfs", point: "/sys", flags: NO_SUID_EXEC, options: "" },
-    FileSystem { kind: "devtmpfs", point: "/dev", flags: MsFlags::MS_NOSUID, options: "mode=755" },
+    FileSystem {
+        kind: "proc",
+        point: "/proc",
+        flags: NO_SUID_EXEC,
+        options: "",
+    },
+    FileSystem {
+        kind: "sysfs",
+        point: "/sys",
+        flags: NO_SUID_EXEC,
+        options: "",
+    },
+    FileSystem {
+        kind: "devtmpfs",
+        point: "/dev",
+        flags: MsFlags::MS_NOSUID,
+        options: "mode=755",
+    },
     FileSystem {
         kind: "devpts",
         point: "/dev/pts",
         flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NOEXEC),
         options: "gid=5,mode=620,ptmxmode=666",
     },
-    FileSystem { kind: "tmpfs", point: "/dev/shm", flags: NO_SUID_DEV, options: "mode=1777" },
-    FileSystem { kind: "mqueue", point: "/dev/mqueue", flags: NO_SUID_EXEC, options: "" },
-    FileSystem { kind: "tmpfs", point: "/run", flags: NO_SUID_DEV, options: "mode=755,size=25%" },
-    FileSystem { kind: "cgroup2", point: "/sys/fs/cgroup", flags: NO_SUID_EXEC, options: "" },
+    FileSystem {
+        kind: "tmpfs",
+        point: "/dev/shm",
+        flags: NO_SUID_DEV,
+        options: "mode=1777",
+    },
+    FileSystem {
+        kind: "mqueue",
+        point: "/dev/mqueue",
+        flags: NO_SUID_EXEC,
+        options: "",
+    },
+    FileSystem {
+        kind: "tmpfs",
+        point: "/run",
+        flags: NO_SUID_DEV,
+        options: "mode=755,size=25%",
+    },
+    FileSystem {
+        kind: "cgroup2",
+        point: "/sys/fs/cgroup",
+        flags: NO_SUID_EXEC,
+        options: "",
+    },
 ];
 
 /// What devtmpfs leaves to user space.
@@ -46,7 +83,10 @@ const LINKS: [(&str, &str); 4] = [
 /// Mount everything that is not mounted yet.
 pub fn mount_all() {
     for system in &FILE_SYSTEMS {
-        tolerate(&format!("mount {} on {}", system.kind, system.point), mount_one(system));
+        tolerate(
+            &format!("mount {} on {}", system.kind, system.point),
+            mount_one(system),
+        );
     }
     for (target, link) in LINKS {
         match symlink(target, link) {
@@ -66,7 +106,13 @@ fn mount_one(system: &FileSystem) -> io::Result<()> {
         fs::create_dir_all(system.point)?;
     }
     let options = (!system.options.is_empty()).then_some(system.options);
-    match mount(Some(system.kind), system.point, Some(system.kind), system.flags, options) {
+    match mount(
+        Some(system.kind),
+        system.point,
+        Some(system.kind),
+        system.flags,
+        options,
+    ) {
         // The kernel mounts devtmpfs by itself, an initramfs perhaps more.
         Ok(()) | Err(Errno::EBUSY) => Ok(()),
         Err(errno) => Err(errno.into()),

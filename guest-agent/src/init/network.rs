@@ -20,7 +20,10 @@ pub fn bring_up() {
     if fs::exists(&ipv6).unwrap_or(false) {
         tolerate("turn IPv6 off on eth0", fs::write(&ipv6, "1"));
     }
-    tolerate("set the address of eth0", interfaces.set_address(INTERFACE, GUEST_IP, GUEST_PREFIX_LEN));
+    tolerate(
+        "set the address of eth0",
+        interfaces.set_address(INTERFACE, GUEST_IP, GUEST_PREFIX_LEN),
+    );
     tolerate("bring eth0 up", interfaces.bring_up(INTERFACE));
     tolerate("add the default route", interfaces.add_default_route(GATEWAY_IP));
     tolerate(

@@ -1,9 +1,9 @@
 //! Listening stream sockets of either family.
 
+use nix::libc;
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept4, bind, listen, setsockopt, socket, sockopt,
 };
-use nix::libc;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -40,7 +40,10 @@ impl Listener {
     /// Take a connection, if one is there. It is of either family, and `UnixStream` is but the owner
     /// whose calls (read, write, time-outs, shutdown) every stream socket has.
     pub fn accept(&self) -> io::Result<UnixStream> {
-        let fd = accept4(self.0.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK)?;
+        let fd = accept4(
+            self.0.as_raw_fd(),
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        )?;
         // SAFETY: accept4 just made this descriptor, and nothing else owns it.
         Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
     }

@@ -47,7 +47,10 @@ pub fn reap() -> Reap {
         0 => Reap::AllRunning,
         pid if pid > 0 => {
             let status = ExitStatus::from_raw(status);
-            let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(255);
+            let code = status
+                .code()
+                .or(status.signal().map(|signal| 128 + signal))
+                .unwrap_or(255);
             Reap::Ended(Reaped { pid, code })
         }
         _ => Reap::NoChildren,

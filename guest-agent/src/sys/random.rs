@@ -26,8 +26,15 @@ const _: () = assert!(size_of::<PoolInfo>() == 8 + MAX_ENTROPY);
 /// Mix bytes into the pool, credit them, and make the generator reseed from it before this returns.
 pub fn stir(random: &File, entropy: &[u8]) -> io::Result<()> {
     let too_long = || io::Error::from_raw_os_error(libc::EINVAL);
-    let mut info = PoolInfo { entropy_bits: 0, len_bytes: 0, bytes: [0; MAX_ENTROPY] };
-    info.bytes.get_mut(..entropy.len()).ok_or_else(too_long)?.copy_from_slice(entropy);
+    let mut info = PoolInfo {
+        entropy_bits: 0,
+        len_bytes: 0,
+        bytes: [0; MAX_ENTROPY],
+    };
+    info.bytes
+        .get_mut(..entropy.len())
+        .ok_or_else(too_long)?
+        .copy_from_slice(entropy);
     info.len_bytes = libc::c_int::try_from(entropy.len()).map_err(|_| too_long())?;
     info.entropy_bits = info.len_bytes.saturating_mul(8);
     // SAFETY: the descriptor is open, and the kernel reads the header and `len_bytes` bytes after it,

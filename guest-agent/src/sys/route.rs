@@ -14,7 +14,12 @@ pub struct Interfaces(OwnedFd);
 impl Interfaces {
     /// Open the socket.
     pub fn open() -> io::Result<Self> {
-        let fd = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
+        let fd = socket(
+            AddressFamily::Inet,
+            SockType::Datagram,
+            SockFlag::SOCK_CLOEXEC,
+            None,
+        )?;
         Ok(Self(fd))
     }
 
@@ -99,5 +104,8 @@ fn socket_address(address: Ipv4Addr) -> libc::sockaddr {
     for (to, from) in data.iter_mut().skip(2).zip(address.octets()) {
         *to = libc::c_char::from_ne_bytes([from]);
     }
-    libc::sockaddr { sa_family: libc::sa_family_t::try_from(libc::AF_INET).unwrap_or(0), sa_data: data }
+    libc::sockaddr {
+        sa_family: libc::sa_family_t::try_from(libc::AF_INET).unwrap_or(0),
+        sa_data: data,
+    }
 }

@@ -83,12 +83,19 @@ struct ExecVectors {
 }
 
 fn pointers(strings: &[CString]) -> Vec<*const c_char> {
-    strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+    strings
+        .iter()
+        .map(|s| s.as_ptr())
+        .chain([std::ptr::null()])
+        .collect()
 }
 
 /// Fork; the child becomes `program` or reports to `report` why not. Returns the child's PID.
 pub fn fork_exec(program: &Program, streams: &Streams<'_>, report: &OwnedFd) -> io::Result<i32> {
-    let vectors = ExecVectors { argv: pointers(&program.argv), env: pointers(&program.env) };
+    let vectors = ExecVectors {
+        argv: pointers(&program.argv),
+        env: pointers(&program.env),
+    };
     // SAFETY: the child calls `run_child` only, which makes system calls and neither allocates nor
     // takes a lock, and then execs or exits without unwinding.
     match unsafe { fork() }? {
@@ -116,7 +123,10 @@ pub fn read_report(report: OwnedFd) -> io::Result<Option<Failure>> {
         4 => Step::Exec,
         _ => Step::Session,
     };
-    Ok(Some(Failure { step, source: io::Error::from_raw_os_error(i32::from_le_bytes([a, b, c, d])) }))
+    Ok(Some(Failure {
+        step,
+        source: io::Error::from_raw_os_error(i32::from_le_bytes([a, b, c, d])),
+    }))
 }
 
 type ChildError = (Step, nix::errno::Errno);
@@ -147,10 +157,17 @@ fn enter_session(program: &Program, streams: &Streams<'_>) -> nix::Result<()> {
         let rc = unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0) };
         nix::errno::Errno::result(rc)?;
     }
-    setrlimit(Resource::RLIMIT_NOFILE, program.open_files.0, program.open_files.1)?;
+    setrlimit(
+        Resource::RLIMIT_NOFILE,
+        program.open_files.0,
+        program.open_files.1,
+    )?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    // SAFETY: no handler is installed, only the default action that Rust's runtime took away.
-    unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) }?;
+    for number in Signal::iterator() {
+        // SAFETY: no handler is installed, only the default action that Rust's runtime (SIGPIPE) or
+        // whoever started the agent may have taken away. SIGKILL and SIGSTOP refuse, and need none.
+        let _ = unsafe { signal(number, SigHandler::SigDfl) };
+    }
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
 }
 

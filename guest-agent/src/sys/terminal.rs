@@ -34,7 +34,13 @@ pub fn open_pty(size: WindowSize) -> io::Result<Pty> {
 
 /// Change a terminal's size; its foreground group gets SIGWINCH.
 pub fn resize(controller: impl AsFd, size: WindowSize) -> io::Result<()> {
-    let size = libc::winsize { ws_row: size.rows, ws_col: size.cols, ws_xpixel: 0, ws_ypixel: 0 };
+    let size = libc::winsize {
+        ws_row: size.rows,
+        ws_col: size.cols,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
     // SAFETY: the descriptor is open for as long as it is borrowed, and TIOCSWINSZ reads one winsize.
-    checked(unsafe { libc::ioctl(controller.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }).map(drop)
+    checked(unsafe { libc::ioctl(controller.as_fd().as_raw_fd(), libc::TIOCSWINSZ, &raw const size) })
+        .map(drop)
 }

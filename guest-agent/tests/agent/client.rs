@@ -32,7 +32,11 @@ impl Agent {
             let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
             std::fs::set_permissions(at(name), mode).unwrap();
         }
-        let words: Vec<&str> = wrapper.iter().copied().chain([env!("CARGO_BIN_EXE_torpor-guest")]).collect();
+        let words: Vec<&str> = wrapper
+            .iter()
+            .copied()
+            .chain([env!("CARGO_BIN_EXE_torpor-guest")])
+            .collect();
         let process = Command::new(words[0])
             .args(&words[1..])
             .arg("--no-init")
@@ -47,7 +51,9 @@ impl Agent {
             .spawn()
             .unwrap();
         let agent = Self { directory, process };
-        eventually("the agent listens", || UnixStream::connect(agent.socket()).is_ok());
+        eventually("the agent listens", || {
+            UnixStream::connect(agent.socket()).is_ok()
+        });
         agent
     }
 
@@ -129,7 +135,10 @@ pub fn eventually(what: &str, mut predicate: impl FnMut() -> bool) {
 }
 
 pub fn argv(words: &[&str]) -> ExecSpec {
-    ExecSpec { argv: words.iter().map(|word| (*word).to_owned()).collect(), ..ExecSpec::default() }
+    ExecSpec {
+        argv: words.iter().map(|word| (*word).to_owned()).collect(),
+        ..ExecSpec::default()
+    }
 }
 
 pub fn shell(script: &str) -> ExecSpec {
@@ -206,11 +215,19 @@ impl Connection {
                 (FrameType::Started, _) => {}
                 (FrameType::Response, json) => {
                     let outcome = Ok(serde_json::from_slice(&json).unwrap());
-                    return Ran { stdout, stderr, outcome };
+                    return Ran {
+                        stdout,
+                        stderr,
+                        outcome,
+                    };
                 }
                 (FrameType::Error, json) => {
                     let outcome = Err(serde_json::from_slice(&json).unwrap());
-                    return Ran { stdout, stderr, outcome };
+                    return Ran {
+                        stdout,
+                        stderr,
+                        outcome,
+                    };
                 }
                 (other, _) => panic!("unexpected {other:?}"),
             }

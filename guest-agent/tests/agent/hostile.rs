@@ -27,17 +27,38 @@ fn frames_that_are_none_are_refused_and_the_agent_lives() {
     let agent = Agent::start();
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
     let deep_op = format!(r#"{{"op":"exec","env":{deep}}}"#);
-    for payload in ["", "{", "null", "[]", r#"{"op":"fly"}"#, r#"{"op":"probe","port":65536}"#, &deep, &deep_op] {
+    for payload in [
+        "",
+        "{",
+        "null",
+        "[]",
+        r#"{"op":"fly"}"#,
+        r#"{"op":"probe","port":65536}"#,
+        &deep,
+        &deep_op,
+    ] {
         let mut frame = vec![1];
         frame.extend(u32::try_from(payload.len()).unwrap().to_le_bytes());
         frame.extend(payload.as_bytes());
-        assert_eq!(refusal(&throw(&agent, &frame)).code, GuestErrorCode::BadRequest, "{payload:.40}");
+        assert_eq!(
+            refusal(&throw(&agent, &frame)).code,
+            GuestErrorCode::BadRequest,
+            "{payload:.40}"
+        );
     }
     let oversized = [&[1u8][..], &(1u32 << 20 | 1).to_le_bytes()].concat();
     assert!(refusal(&throw(&agent, &oversized)).message.contains("limit"));
     assert!(refusal(&throw(&agent, &[99, 0, 0, 0, 0])).message.contains("99"));
-    assert!(refusal(&throw(&agent, &[4, 0, 0, 0, 0])).message.contains("Stdin"));
-    assert_eq!(throw(&agent, &[1, 10, 0, 0, 0, b'{']), b"", "a truncated frame gets no answer");
+    assert!(
+        refusal(&throw(&agent, &[4, 0, 0, 0, 0]))
+            .message
+            .contains("Stdin")
+    );
+    assert_eq!(
+        throw(&agent, &[1, 10, 0, 0, 0, b'{']),
+        b"",
+        "a truncated frame gets no answer"
+    );
     assert_eq!(throw(&agent, &[]), b"");
     assert!(agent.is_alive());
 }
@@ -45,7 +66,11 @@ fn frames_that_are_none_are_refused_and_the_agent_lives() {
 #[test]
 fn random_bytes_never_end_the_agent() {
     let agent = Agent::start();
-    let mut runner = TestRunner::new(Config { cases: 300, failure_persistence: None, ..Config::default() });
+    let mut runner = TestRunner::new(Config {
+        cases: 300,
+        failure_persistence: None,
+        ..Config::default()
+    });
     let noise = proptest::collection::vec(any::<u8>(), 0..200);
     runner
         .run(&noise, |bytes| {
@@ -59,9 +84,17 @@ fn random_bytes_never_end_the_agent() {
 #[test]
 fn random_frames_in_an_exec_never_end_the_agent() {
     let agent = Agent::start();
-    let mut runner = TestRunner::new(Config { cases: 150, failure_persistence: None, ..Config::default() });
+    let mut runner = TestRunner::new(Config {
+        cases: 150,
+        failure_persistence: None,
+        ..Config::default()
+    });
     let frames = proptest::collection::vec((0u8..14, proptest::collection::vec(any::<u8>(), 0..9)), 0..6);
-    let spec = ExecSpec { stdin: true, timeout_ms: Some(5000), ..shell("cat") };
+    let spec = ExecSpec {
+        stdin: true,
+        timeout_ms: Some(5000),
+        ..shell("cat")
+    };
     runner
         .run(&(frames, any::<bool>()), |(frames, cut)| {
             let mut connection = agent.connect().request(&GuestRequest::Exec(spec.clone()));
@@ -94,7 +127,11 @@ fn frames_that_an_exec_does_not_take_end_it_with_an_error() {
     ] {
         let mut connection = agent.connect().request(&GuestRequest::Exec(shell("sleep 1000")));
         connection.send(kind, payload);
-        assert_eq!(connection.outcome().unwrap_err().code, GuestErrorCode::BadRequest, "{kind:?}");
+        assert_eq!(
+            connection.outcome().unwrap_err().code,
+            GuestErrorCode::BadRequest,
+            "{kind:?}"
+        );
     }
     eventually("their processes are killed", || agent.children().is_empty());
 }
@@ -117,8 +154,13 @@ fn a_crowd_of_silent_peers_keeps_nobody_from_being_answered() {
 #[test]
 fn more_operations_than_the_cap_are_refused_while_quick_ones_are_answered() {
     let agent = Agent::start();
-    let running: Vec<_> =
-        (0..256).map(|_| agent.connect().request(&GuestRequest::Exec(shell("exec sleep 1000")))).collect();
+    let running: Vec<_> = (0..256)
+        .map(|_| {
+            agent
+                .connect()
+                .request(&GuestRequest::Exec(shell("exec sleep 1000")))
+        })
+        .collect();
     let mut running: Vec<Connection> = running;
     for connection in &mut running {
         connection.started();

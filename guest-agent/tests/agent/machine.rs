@@ -9,7 +9,10 @@ use torpor_api::guest::{ExecSpec, GuestErrorCode, GuestRequest, GuestResponse};
 #[test]
 fn a_ping_is_answered_with_the_version() {
     let version = env!("CARGO_PKG_VERSION").to_owned();
-    assert_eq!(Agent::start().ask(&GuestRequest::Ping), Ok(GuestResponse::Pong { version }));
+    assert_eq!(
+        Agent::start().ask(&GuestRequest::Ping),
+        Ok(GuestResponse::Pong { version })
+    );
 }
 
 #[test]
@@ -17,17 +20,32 @@ fn a_probe_sees_a_listener_of_either_family_come_and_go() {
     let agent = Agent::start();
     for address in ["127.0.0.1:0", "[::1]:0"] {
         let listener = std::net::TcpListener::bind(address).unwrap();
-        let probe = GuestRequest::Probe { port: listener.local_addr().unwrap().port() };
-        assert_eq!(agent.ask(&probe), Ok(GuestResponse::Probed { listening: true }), "{address}");
+        let probe = GuestRequest::Probe {
+            port: listener.local_addr().unwrap().port(),
+        };
+        assert_eq!(
+            agent.ask(&probe),
+            Ok(GuestResponse::Probed { listening: true }),
+            "{address}"
+        );
         drop(listener);
-        assert_eq!(agent.ask(&probe), Ok(GuestResponse::Probed { listening: false }), "{address}");
+        assert_eq!(
+            agent.ask(&probe),
+            Ok(GuestResponse::Probed { listening: false }),
+            "{address}"
+        );
     }
 }
 
 #[test]
 fn metrics_are_plausible() {
-    let Ok(GuestResponse::Metrics { cpu_busy_us, mem_used_bytes, mem_total_bytes, disk_used_bytes, disk_total_bytes }) =
-        Agent::start().ask(&GuestRequest::Metrics)
+    let Ok(GuestResponse::Metrics {
+        cpu_busy_us,
+        mem_used_bytes,
+        mem_total_bytes,
+        disk_used_bytes,
+        disk_total_bytes,
+    }) = Agent::start().ask(&GuestRequest::Metrics)
     else {
         panic!("no metrics");
     };
@@ -38,11 +56,17 @@ fn metrics_are_plausible() {
 
 #[test]
 fn file_systems_are_flushed() {
-    assert_eq!(Agent::start().ask(&GuestRequest::Quiesce), Ok(GuestResponse::Done));
+    assert_eq!(
+        Agent::start().ask(&GuestRequest::Quiesce),
+        Ok(GuestResponse::Done)
+    );
 }
 
 fn resync(wall_unix_ns: u64, entropy: &str) -> GuestRequest {
-    GuestRequest::Resync { wall_unix_ns, entropy: entropy.to_owned() }
+    GuestRequest::Resync {
+        wall_unix_ns,
+        entropy: entropy.to_owned(),
+    }
 }
 
 /// Without the right to set the clock, so that no defect can turn the build machine's.
@@ -52,7 +76,9 @@ fn powerless() -> Agent {
 
 #[test]
 fn a_resync_that_may_not_set_the_clock_says_so() {
-    let error = powerless().ask(&resync(1_000_000_000, &BASE64_STANDARD.encode([7; 32]))).unwrap_err();
+    let error = powerless()
+        .ask(&resync(1_000_000_000, &BASE64_STANDARD.encode([7; 32])))
+        .unwrap_err();
     assert_eq!(error.code, GuestErrorCode::Os);
     assert!(error.message.contains("clock"), "{error}");
 }
@@ -60,10 +86,18 @@ fn a_resync_that_may_not_set_the_clock_says_so() {
 #[test]
 fn a_resync_without_entropy_or_with_an_impossible_time_is_refused() {
     let agent = powerless();
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos();
+    let now = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap()
+        .as_nanos();
     let now = u64::try_from(now).unwrap();
     let fresh = BASE64_STANDARD.encode([7; 32]);
-    for request in [resync(now, ""), resync(now, "no base64!"), resync(now, "AAAA"), resync(u64::MAX, &fresh)] {
+    for request in [
+        resync(now, ""),
+        resync(now, "no base64!"),
+        resync(now, "AAAA"),
+        resync(u64::MAX, &fresh),
+    ] {
         assert_eq!(agent.ask(&request).unwrap_err().code, GuestErrorCode::BadRequest);
     }
 }
@@ -72,7 +106,10 @@ fn a_resync_without_entropy_or_with_an_impossible_time_is_refused() {
 fn a_shutdown_is_answered_and_then_left_to_the_other_init() {
     for (reboot, expected) in [(false, "poweroff\n"), (true, "reboot\n")] {
         let mut agent = Agent::start();
-        assert_eq!(agent.ask(&GuestRequest::Shutdown { reboot }), Ok(GuestResponse::Done));
+        assert_eq!(
+            agent.ask(&GuestRequest::Shutdown { reboot }),
+            Ok(GuestResponse::Done)
+        );
         assert!(agent.wait().success());
         assert_eq!(std::fs::read_to_string(agent.path("ended")).unwrap(), expected);
     }
@@ -81,12 +118,22 @@ fn a_shutdown_is_answered_and_then_left_to_the_other_init() {
 #[test]
 fn an_idle_agent_sleeps_in_every_thread() {
     let agent = Agent::start();
-    assert_eq!(agent.exec(&ExecSpec { background: true, ..shell("true") }).stdout, b"");
+    assert_eq!(
+        agent
+            .exec(&ExecSpec {
+                background: true,
+                ..shell("true")
+            })
+            .stdout,
+        b""
+    );
     let ticks = || {
         let stat = std::fs::read_to_string(format!("/proc/{}/schedstat", agent.pid())).unwrap();
         stat.split(' ').next().unwrap().parse::<u64>().unwrap()
     };
-    eventually("the agent sleeps", || state_of(agent.pid()).is_some_and(|(state, _)| state == 'S'));
+    eventually("the agent sleeps", || {
+        state_of(agent.pid()).is_some_and(|(state, _)| state == 'S')
+    });
     let before = ticks();
     std::thread::sleep(std::time::Duration::from_millis(300));
     assert!(ticks() - before < 50_000_000, "the agent spins");

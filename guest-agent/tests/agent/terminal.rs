@@ -6,7 +6,11 @@ use torpor_api::guest::{ExecSpec, FrameType, GuestRequest, WindowSize};
 const SIZE: WindowSize = WindowSize { rows: 33, cols: 111 };
 
 fn terminal(agent: &Agent, spec: ExecSpec) -> Connection {
-    let spec = ExecSpec { tty: Some(SIZE), stdin: true, ..spec };
+    let spec = ExecSpec {
+        tty: Some(SIZE),
+        stdin: true,
+        ..spec
+    };
     agent.connect().request(&GuestRequest::Exec(spec))
 }
 
@@ -26,7 +30,10 @@ fn expect(connection: &mut Connection, wanted: &str) -> String {
 #[test]
 fn a_terminal_echoes_has_its_size_and_can_be_resized() {
     let agent = Agent::start();
-    let mut connection = terminal(&agent, shell("stty size; read line; stty size; echo got:$line; exit 4"));
+    let mut connection = terminal(
+        &agent,
+        shell("stty size; read line; stty size; echo got:$line; exit 4"),
+    );
     expect(&mut connection, "33 111");
     connection.send(FrameType::Resize, br#"{"rows":50,"cols":200}"#);
     connection.send(FrameType::Stdin, b"hello\n");
