@@ -82,7 +82,8 @@ impl BlankVmm {
     }
 
     fn is_alive(&self) -> bool {
-        self.parts.as_ref().is_some_and(|parts| !parts.client.is_closed())
+        let parts = self.parts.as_ref();
+        parts.is_some_and(|parts| !parts.client.is_closed() && !parts.process.has_ended())
     }
 }
 

@@ -9,6 +9,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde::{Deserialize, Serialize};
 use tokio::io::unix::AsyncFd;
 
@@ -117,6 +118,13 @@ impl Process {
         }
     }
 
+    /// Whether it has ended, as of now rather than as of the last turn of the event loop.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        let mut fds = [PollFd::new(self.pidfd.get_ref().as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|n_ready| n_ready > 0)
+    }
+
     /// Wait until it has ended and closed all that it had open.
     pub async fn ended(&self) {
         if let Err(error) = self.pidfd.readable().await {
@@ -157,6 +165,7 @@ mod tests {
         };
         assert!(Process::find(other).is_none());
         process.ended().await;
+        assert!(process.has_ended());
         process.kill();
     }
 }
