@@ -3,10 +3,12 @@
 //! * [`machine`] – the lifecycle: the pure transition table, one driver task per machine that is not asleep,
 //!   lease timers, recovery.
 //! * [`store`] – all SQL.
-//! * `api` – HTTP to machine, error to response.
+//! * [`api`] – HTTP to machine, error to response.
 //! * [`execution`], [`vmm_client`], [`guest_client`], [`net`], [`images`] – the platform: VMM processes, guest
 //!   agents, network slots, files.
 
+pub mod api;
+pub mod config;
 pub mod execution;
 pub mod guest_client;
 pub mod images;
@@ -14,3 +16,4 @@ pub mod machine;
 pub mod net;
 pub mod store;
 pub mod vmm_client;
+pub mod waker;

@@ -1,3 +1,131 @@
 //! `torpord`: reads the configuration, wires the parts together, waits for a signal.
+//!
+//! On SIGTERM it stops accepting, lets requests in flight end for a moment, and goes; VMMs live on, and the next
+//! torpord takes them over. A panic anywhere ends the process for the same reason: starting again is safe, going on
+//! with half a state is not.
 
-fn main() {}
+use anyhow::{Context, Result};
+use clap::Parser;
+use nix::fcntl::{Flock, FlockArg};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use torpor_agent::api::{self, Token};
+use torpor_agent::config::Config;
+use torpor_agent::execution::Platform;
+use torpor_agent::machine::clock::SystemClock;
+use torpor_agent::machine::fleet::Fleet;
+use torpor_agent::machine::leases;
+use torpor_agent::store::Store;
+use torpor_agent::waker::{FleetWaker, ProxyListeners};
+use torpor_proxy::{Proxy, ProxyConfig};
+
+/// How long requests in flight may take to end after a signal.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
+
+/// The daemon of Torpor: machines that sleep.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Configuration file.
+    #[arg(long, default_value = "/etc/torpor/torpord.toml")]
+    config: PathBuf,
+    /// Read the configuration, say whether it is right, and end.
+    #[arg(long)]
+    check_config: bool,
+}
+
+fn main() -> Result<()> {
+    let arguments = Arguments::parse();
+    let config = Config::read(&arguments.config)?;
+    if arguments.check_config {
+        println!("{} is right", arguments.config.display());
+        return Ok(());
+    }
+    // Everything torpord makes is for root alone unless it says otherwise.
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info".into()),
+        )
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    end_on_panic();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
+    let outcome = runtime.block_on(run(&config));
+    // Tasks of machines may wait for VMMs; nobody has to wait for them.
+    runtime.shutdown_background();
+    outcome
+}
+
+fn end_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        report(info);
+        std::process::abort();
+    }));
+}
+
+async fn run(config: &Config) -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
+    for dir in [&config.state_dir, &config.run_dir] {
+        std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
+    }
+    let _lock = lock(&config.state_dir)?;
+    let token = config.api.tcp_listen.map(|_| Token::read(&config.api.token_file)).transpose()?;
+    let store = Store::open(&config.state_dir.join("torpor.db"))?;
+    let platform = Platform::start(config.platform()).await?;
+    let fleet = Fleet::new(store, Arc::clone(&platform) as _, Arc::new(SystemClock), config.fleet());
+    let proxy = start_proxy(config, &fleet)?;
+    fleet.recover().await.context("cannot take up the machines of this host")?;
+    tokio::spawn(leases::run(fleet.clone()));
+
+    let ended = CancellationToken::new();
+    serve(config, &fleet, token, &ended).await?;
+    tracing::info!(state_dir = %config.state_dir.display(), "ready");
+    // Outside systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("SIGTERM"),
+        _ = interrupt.recv() => tracing::info!("SIGINT"),
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    ended.cancel();
+    proxy.shutdown(SHUTDOWN_GRACE).await;
+    platform.stop().await;
+    Ok(())
+}
+
+/// Two torpords on one state directory would undo each other's work.
+fn lock(state_dir: &Path) -> Result<Flock<File>> {
+    let path = state_dir.join("torpord.lock");
+    let file = File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, errno)| errno)
+        .with_context(|| format!("another torpord holds {}", path.display()))
+}
+
+fn start_proxy(config: &Config, fleet: &Fleet) -> Result<Arc<Proxy>> {
+    let settings = ProxyConfig { listen_ip: config.proxy.listen_ip, ..ProxyConfig::default() };
+    let proxy = Arc::new(Proxy::new(settings, Arc::new(FleetWaker(fleet.clone()))));
+    fleet.routes().attach(Arc::new(ProxyListeners(Arc::clone(&proxy))));
+    if let Some(address) = config.proxy.http_listen {
+        proxy.serve_host_names(address, &config.proxy.domain)?;
+    }
+    Ok(proxy)
+}
+
+async fn serve(config: &Config, fleet: &Fleet, token: Option<Token>, ended: &CancellationToken) -> Result<()> {
+    let listener = api::bind_unix(&config.api.unix_socket)?;
+    tokio::spawn(api::serve_unix(listener, api::router(fleet.clone()), ended.clone().cancelled_owned()));
+    if let (Some(address), Some(token)) = (config.api.tcp_listen, token) {
+        let router = api::router_with_token(fleet.clone(), token);
+        api::serve_tcp(address, router, ended.clone().cancelled_owned()).await?;
+    }
+    Ok(())
+}

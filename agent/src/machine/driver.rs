@@ -16,7 +16,7 @@ mod effects;
 mod operation;
 mod waiters;
 
-pub(super) use operation::WakeReport;
+pub use operation::WakeReport;
 pub use waiters::{Command, Need, PauseOrder, WakeOrder, Woken};
 
 use super::error::MachineError;

@@ -8,6 +8,7 @@ mod policy;
 mod view;
 
 pub use create::CreateOrder;
+pub use policy::check_lease_and_wake;
 pub use view::status_counts;
 
 use super::clock::Clock;
@@ -23,7 +24,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use torpor_api::http::{ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
-use torpor_api::{ErrorCode, MachineId};
+use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
 const COMMAND_QUEUE_LEN: usize = 64;
 
@@ -189,7 +190,8 @@ impl Fleet {
         if let Some(handle) = self.shared.registry.find(id)
             && let Some(pass) = handle.gate.enter(self.now_unix_ms())
         {
-            return Ok(Woken { pass, report: None });
+            let activity = Arc::clone(handle.gate.activity());
+            return Ok(Woken { pass, report: None, activity });
         }
         let (row, live) = self.look(id).await?;
         let state = live.and_then(|live| live.state).unwrap_or_else(|| row.committed.at_rest());
@@ -238,12 +240,22 @@ impl Fleet {
     pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, MachineError> {
         let woken = self.wake(id, WakeSource::Api, serde_json::json!({ "operation": "exec" })).await?;
         let epoch = Arc::clone(woken.pass.epoch());
+        let _at_work = self.shared.registry.find(id).map(|handle| handle.gate.at_work());
         tokio::select! {
             result = epoch.execution.exec(request) => result.map_err(MachineError::from),
             () = epoch.over.cancelled() => {
                 let message = format!("machine {id} went to sleep or stopped while the command ran");
                 Err(MachineError::new(ErrorCode::GuestUnreachable, message))
             }
+        }
+    }
+
+    /// Write down how long the request that woke the machine waited for its answer.
+    pub async fn record_first_byte(&self, id: &MachineId, execution: &ExecutionId, detail: serde_json::Value) {
+        let mut event = self.event(id, "machine.first_byte", "http", detail);
+        event.execution = Some(execution.clone());
+        if let Err(error) = self.shared.store.append_event(event).await {
+            tracing::warn!(machine_id = %id, %error, "first byte not recorded");
         }
     }
 

@@ -19,6 +19,7 @@ pub struct Gate {
     open: Mutex<Option<Arc<Epoch>>>,
     activity: Arc<Activity>,
     last_entered_unix_ms: AtomicU64,
+    at_work: Arc<AtomicUsize>,
 }
 
 /// One execution's time behind the gate.
@@ -41,6 +42,15 @@ impl Epoch {
             inside: AtomicUsize::new(0),
             left: Notify::new(),
         })
+    }
+}
+
+/// A command runs in the guest on somebody's behalf, until this is dropped.
+pub struct AtWork(Arc<AtomicUsize>);
+
+impl Drop for AtWork {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -108,6 +118,19 @@ impl Gate {
     #[must_use]
     pub fn activity(&self) -> &Arc<Activity> {
         &self.activity
+    }
+
+    /// Count a command in the guest as activity until the value is dropped.
+    #[must_use]
+    pub fn at_work(&self) -> AtWork {
+        self.at_work.fetch_add(1, Ordering::AcqRel);
+        AtWork(Arc::clone(&self.at_work))
+    }
+
+    /// Whether a command runs in the guest on somebody's behalf.
+    #[must_use]
+    pub fn is_at_work(&self) -> bool {
+        self.at_work.load(Ordering::Acquire) > 0
     }
 
     /// Unix time in milliseconds at which somebody last went in; 0 if never.

@@ -77,8 +77,8 @@ fn slid_to(fleet: &Fleet, lease: &DueLease, seen_bytes: &mut HashMap<MachineId, 
     // Payload on an open connection counts, the open connection does not. When it passed is not known, only
     // that it did since the last look, so it counts as if it were now.
     let before = seen_bytes.insert(lease.machine.clone(), bytes).unwrap_or(0);
-    let used_unix_ms =
-        if bytes == before { handle.gate.last_entered_unix_ms() } else { fleet.now_unix_ms() };
+    let in_use = bytes != before || handle.gate.is_at_work();
+    let used_unix_ms = if in_use { fleet.now_unix_ms() } else { handle.gate.last_entered_unix_ms() };
     let until = used_unix_ms.saturating_add(window);
     (until > fleet.now_unix_ms()).then_some(until)
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::oneshot;
 use torpor_api::{ErrorCode, MachineId};
+use torpor_proxy::Activity;
 
 /// What a wake is wanted for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +73,8 @@ pub struct Woken {
     pub pass: Pass,
     /// The wake that this caller waited for, if it did.
     pub report: Option<Arc<WakeReport>>,
+    /// Where payload bytes of the machine are counted.
+    pub activity: Arc<Activity>,
 }
 
 /// The place for an answer.
@@ -151,7 +154,7 @@ fn answer_wake(reply: Reply<Woken>, gate: &Gate, now_unix_ms: u64, report: Optio
         let _ = reply.send(Err(error));
         return;
     };
-    let _ = reply.send(Ok(Woken { pass, report: report.cloned() }));
+    let _ = reply.send(Ok(Woken { pass, report: report.cloned(), activity: Arc::clone(gate.activity()) }));
 }
 
 impl Driver {

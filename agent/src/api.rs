@@ -1,0 +1,64 @@
+//! The HTTP API under `/v1`: requests to operations of the [`Fleet`], outcomes to bodies of [`torpor_api::http`].
+//!
+//! One router, served twice: on a unix socket that only root can open, and on TCP behind a bearer token. Every
+//! failure, whoever finds it, leaves through [`error`], and gets its request ID in [`request_id`]. Every field is
+//! checked against [`torpor_api::limits`] in [`validate`] before the fleet sees it. Reads never wake.
+//!
+//! Not its job: what an operation does.
+
+mod auth;
+mod error;
+mod events;
+mod exec;
+mod extract;
+mod host;
+mod lease;
+mod machines;
+mod request_id;
+mod serve;
+mod services;
+mod validate;
+
+pub use auth::{Token, TokenError};
+pub use serve::{ServeError, bind_unix, serve_tcp, serve_unix};
+
+use crate::machine::fleet::Fleet;
+use axum::Router;
+use axum::middleware;
+use axum::routing::{delete, get, patch, post};
+
+/// The API without authentication, for the unix socket.
+pub fn router(fleet: Fleet) -> Router {
+    routes(fleet).layer(middleware::from_fn(request_id::stamp))
+}
+
+/// The API behind a bearer token, for TCP.
+pub fn router_with_token(fleet: Fleet, token: Token) -> Router {
+    routes(fleet)
+        .layer(middleware::from_fn_with_state(token, auth::require))
+        .layer(middleware::from_fn(request_id::stamp))
+}
+
+fn routes(fleet: Fleet) -> Router {
+    Router::new()
+        .route("/v1/machines", get(machines::list).post(machines::create))
+        .route("/v1/machines/{id}", get(machines::show).delete(machines::delete))
+        .route("/v1/machines/{id}/pause", post(machines::pause))
+        .route("/v1/machines/{id}/resume", post(machines::resume))
+        .route("/v1/machines/{id}/lease", get(lease::show).put(lease::set))
+        .route("/v1/machines/{id}/wake", patch(lease::patch_wake))
+        .route("/v1/machines/{id}/services", get(services::list).post(services::expose))
+        .route("/v1/machines/{id}/services/{name}", delete(services::unexpose))
+        .route("/v1/machines/{id}/exec", post(exec::run))
+        .route("/v1/machines/{id}/logs", get(machines::logs))
+        .route("/v1/machines/{id}/events", get(events::of_machine))
+        .route("/v1/events", get(events::of_host))
+        .route("/v1/templates", get(host::templates))
+        .route("/v1/healthz", get(host::health))
+        .fallback(error::no_route)
+        .method_not_allowed_fallback(error::no_method)
+        .with_state(fleet)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,25 @@
+//! `/v1/templates` and `/v1/healthz`: the host itself.
+
+use super::error::Failure;
+use crate::machine::fleet::{Fleet, status_counts};
+use axum::Json;
+use axum::extract::State;
+use torpor_api::http::{Health, Template, TemplateList};
+
+pub(super) async fn templates(State(fleet): State<Fleet>) -> Json<TemplateList> {
+    let templates = fleet.hypervisor().templates().await;
+    let templates = templates.into_iter().map(|template| Template {
+        name: template.name,
+        disk_mib: template.disk_mib,
+        description: template.description,
+    });
+    Json(TemplateList { templates: templates.collect() })
+}
+
+pub(super) async fn health(State(fleet): State<Fleet>) -> Result<Json<Health>, Failure> {
+    Ok(Json(Health {
+        status: "ok".to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        machines: status_counts(&fleet).await?,
+    }))
+}

@@ -1,0 +1,35 @@
+//! `/v1/machines/{id}/lease` and `/wake`: the policies of a machine.
+
+use super::error::Failure;
+use super::extract::{Json as Body, Named};
+use super::validate;
+use crate::machine::fleet::Fleet;
+use axum::Json;
+use axum::extract::State;
+use torpor_api::Lease;
+use torpor_api::http::{Machine, PatchWake, SetLease};
+
+pub(super) async fn show(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Option<Lease>>, Failure> {
+    Ok(Json(fleet.view(&id).await?.lease))
+}
+
+pub(super) async fn set(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Body(body): Body<SetLease>,
+) -> Result<Json<Option<Lease>>, Failure> {
+    if let Some(lease) = body.lease {
+        validate::lease(lease)?;
+    }
+    fleet.set_lease(&id, body.lease).await?;
+    Ok(Json(fleet.view(&id).await?.lease))
+}
+
+pub(super) async fn patch_wake(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Body(patch): Body<PatchWake>,
+) -> Result<Json<Machine>, Failure> {
+    fleet.patch_wake(&id, patch).await?;
+    Ok(Json(fleet.view(&id).await?))
+}

@@ -1,0 +1,137 @@
+//! `/v1/machines`: made, shown, paused, resumed, deleted.
+
+use super::error::Failure;
+use super::extract::{Named, OptionalJson, Query, RawJson};
+use super::validate;
+use crate::machine::driver::PauseOrder;
+use crate::machine::fleet::{CreateOrder, Fleet};
+use crate::store::Idempotency;
+use axum::Json;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::IntoResponse;
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+use std::future::Future;
+use torpor_api::http::{CreateMachine, Machine, MachineList, ResumeMachine};
+use torpor_api::{ErrorCode, MachineId};
+
+const DEFAULT_PAGE: u32 = 100;
+const MAX_PAGE: u32 = 1000;
+const DEFAULT_LOG_BYTES: u64 = 64 << 10;
+const MAX_LOG_BYTES: u64 = 4 << 20;
+const MAX_KEY_BYTES: usize = 255;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Page {
+    after: Option<MachineId>,
+    limit: Option<u32>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Tail {
+    bytes: Option<u64>,
+}
+
+/// A body in which nothing can be said.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Nothing {}
+
+pub(super) async fn list(
+    State(fleet): State<Fleet>,
+    Query(page): Query<Page>,
+) -> Result<Json<MachineList>, Failure> {
+    let limit = page.limit.unwrap_or(DEFAULT_PAGE);
+    if !(1..=MAX_PAGE).contains(&limit) {
+        return Err(Failure::invalid(format!("limit is {limit}, and has to be 1 to {MAX_PAGE}")));
+    }
+    // One more than asked for tells whether there is a next page.
+    let mut machines = fleet.list(page.after, limit + 1).await?;
+    let shown = usize::try_from(limit).unwrap_or(usize::MAX);
+    let more = machines.len() > shown;
+    machines.truncate(shown);
+    let next = machines.last().filter(|_| more).map(|machine| machine.id.clone());
+    Ok(Json(MachineList { machines, next }))
+}
+
+pub(super) async fn show(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Machine>, Failure> {
+    Ok(Json(fleet.view(&id).await?))
+}
+
+pub(super) async fn create(
+    State(fleet): State<Fleet>,
+    headers: HeaderMap,
+    RawJson(bytes, body): RawJson<CreateMachine>,
+) -> Result<(StatusCode, Json<Machine>), Failure> {
+    validate::create(&body)?;
+    let idempotency = idempotency(&headers, &bytes)?;
+    let machine = to_the_end(async move {
+        let id = fleet.create(CreateOrder { body, idempotency }).await?;
+        Ok(fleet.view(&id).await?)
+    })
+    .await?;
+    Ok((StatusCode::CREATED, Json(machine)))
+}
+
+fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Idempotency>, Failure> {
+    let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
+    let key = key.to_str().unwrap_or_default();
+    if key.is_empty() || key.len() > MAX_KEY_BYTES {
+        return Err(Failure::invalid(format!("Idempotency-Key is not 1 to {MAX_KEY_BYTES} visible ASCII characters")));
+    }
+    let digest: [u8; 32] = Sha256::digest(body).into();
+    let body_digest = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok(Some(Idempotency { key: key.to_owned(), body_digest }))
+}
+
+/// A client that hangs up must not leave an operation half done.
+pub(super) async fn to_the_end<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, Failure>> + Send + 'static,
+) -> Result<T, Failure> {
+    tokio::spawn(operation)
+        .await
+        .unwrap_or_else(|_| Err(Failure::new(ErrorCode::Internal, "the operation was cut short")))
+}
+
+pub(super) async fn delete(State(fleet): State<Fleet>, Named(id): Named) -> Result<StatusCode, Failure> {
+    fleet.delete(&id, PauseOrder::by("api")).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn pause(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    OptionalJson(Nothing {}): OptionalJson<Nothing>,
+) -> Result<Json<Machine>, Failure> {
+    fleet.pause(&id, PauseOrder::by("api")).await?;
+    Ok(Json(fleet.view(&id).await?))
+}
+
+pub(super) async fn resume(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    OptionalJson(body): OptionalJson<ResumeMachine>,
+) -> Result<Json<Machine>, Failure> {
+    fleet.resume(&id, body.from).await?;
+    Ok(Json(fleet.view(&id).await?))
+}
+
+pub(super) async fn logs(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Query(tail): Query<Tail>,
+) -> Result<impl IntoResponse, Failure> {
+    let max_bytes = tail.bytes.unwrap_or(DEFAULT_LOG_BYTES);
+    if !(1..=MAX_LOG_BYTES).contains(&max_bytes) {
+        return Err(Failure::invalid(format!("bytes is {max_bytes}, and has to be 1 to {MAX_LOG_BYTES}")));
+    }
+    let console = fleet.hypervisor().console_tail(&id, max_bytes).await;
+    let console = console.map_err(crate::machine::error::MachineError::from)?;
+    // What a guest prints is no page of ours.
+    let headers =
+        [(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    Ok((headers, String::from_utf8_lossy(&console).into_owned()))
+}

@@ -1,0 +1,45 @@
+//! The request ID: made here, logged, sent as `x-request-id` and written into error bodies.
+
+use super::error::Failure;
+use axum::Json;
+use axum::extract::Request;
+use axum::http::{HeaderValue, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tracing::Instrument;
+
+pub(super) async fn stamp(request: Request, next: Next) -> Response {
+    let random: u64 = rand::random();
+    let request_id = format!("req_{random:016x}");
+    let method = request.method().clone();
+    let path = super::error::cut(request.uri().path());
+    let span = tracing::info_span!("request", %request_id, %method, path);
+    let mut response = next.run(request).instrument(span.clone()).await;
+    if let Some(failure) = response.extensions_mut().remove::<Failure>() {
+        response = with_body(response, failure, &request_id, &span);
+    }
+    if let Ok(value) = HeaderValue::from_str(&request_id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response
+}
+
+fn with_body(response: Response, failure: Failure, request_id: &str, span: &tracing::Span) -> Response {
+    let mut error = failure.into_api_error();
+    error.request_id = request_id.to_owned();
+    span.in_scope(|| {
+        if response.status() >= StatusCode::INTERNAL_SERVER_ERROR {
+            tracing::error!(code = error.code.as_str(), error = error.error, "request failed");
+        } else {
+            tracing::debug!(code = error.code.as_str(), error = error.error, "request refused");
+        }
+    });
+    let (parts, _) = response.into_parts();
+    let mut full = (parts.status, Json(error)).into_response();
+    for (name, value) in &parts.headers {
+        if name != axum::http::header::CONTENT_LENGTH {
+            full.headers_mut().insert(name, value.clone());
+        }
+    }
+    full
+}

@@ -1,0 +1,175 @@
+//! The proxy's way to machines: [`torpor_proxy::Waker`] over the [`Fleet`].
+//!
+//! Resolves the target, wakes within the bounded wait, connects inside the slot. A request to a machine that runs
+//! passes its gate and nothing else. While a request holds its guard, a pause waits a little for it; a raw TCP
+//! connection holds none, because an open connection is no activity.
+
+use crate::machine::error::MachineError;
+use crate::machine::driver::{WakeReport, Woken};
+use crate::machine::fleet::{Fleet, WakeSource};
+use crate::machine::gate::Epoch;
+use crate::machine::hypervisor::ConnectError;
+use async_trait::async_trait;
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+use torpor_api::http::ServiceKind;
+use torpor_api::{ErrorCode, MachineId};
+use torpor_proxy::{
+    Connected, FirstByteHook, ListenError, Proxy, Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
+};
+
+/// The fleet as the proxy sees it.
+pub struct FleetWaker(pub Fleet);
+
+#[async_trait]
+impl Waker for FleetWaker {
+    async fn connect(&self, request: WakeRequest) -> Result<Connected, WakeRefusal> {
+        let (machine, port) = self.resolve(&request.target).await?;
+        let source = match request.transport {
+            Transport::Http => WakeSource::Http,
+            Transport::Tcp => WakeSource::Tcp,
+        };
+        let cause = json!({
+            "client": request.client,
+            "port": port,
+            "method": request.cause.method,
+            "path": request.cause.path,
+            "user_agent": request.cause.user_agent,
+        });
+        let woken = self.0.wake(&machine, source, cause).await.map_err(refusal)?;
+        let awake_at = request.accepted_at.elapsed();
+        let epoch = Arc::clone(woken.pass.epoch());
+        let upstream = if request.held.as_ref() == Some(epoch.execution.id()) {
+            Upstream::Held
+        } else {
+            Upstream::Fresh(connect(&machine, &epoch, port).await?)
+        };
+        Ok(self.connected(&request, machine, woken, upstream, awake_at))
+    }
+}
+
+impl FleetWaker {
+    async fn resolve(&self, target: &Target) -> Result<(MachineId, u16), WakeRefusal> {
+        match target {
+            Target::Service { listen_port } => {
+                let route = self.0.routes().find(*listen_port).ok_or_else(|| {
+                    let message = format!("no service is exposed on port {listen_port}");
+                    WakeRefusal::new(ErrorCode::ServiceNotFound, message)
+                })?;
+                Ok((route.machine, route.port))
+            }
+            Target::HostName { port, machine } => {
+                let id = self.0.resolve(machine).await.map_err(refusal)?;
+                // A host name reaches what is exposed, not whatever listens in the guest.
+                let row = self.0.store().machine(&id).await.map_err(|error| refusal(error.into()))?;
+                let exposed = row.is_some_and(|row| row.services.iter().any(|service| service.port == *port));
+                if !exposed {
+                    let message = format!("machine {id} exposes no service on port {port}");
+                    return Err(WakeRefusal::new(ErrorCode::ServiceNotFound, message));
+                }
+                Ok((id, *port))
+            }
+        }
+    }
+
+    fn connected(
+        &self,
+        request: &WakeRequest,
+        machine: MachineId,
+        woken: Woken,
+        upstream: Upstream,
+        awake_at: Duration,
+    ) -> Connected {
+        let Woken { pass, report, activity } = woken;
+        let epoch = Arc::clone(pass.epoch());
+        let trace = report.as_deref().map(|report| trace(report, awake_at, request.accepted_at.elapsed()));
+        let on_first_byte = report.map(|_| self.first_byte(machine, &epoch, trace.as_ref()));
+        Connected {
+            upstream,
+            execution: epoch.execution.id().clone(),
+            over: epoch.over.clone(),
+            activity,
+            guard: match request.transport {
+                Transport::Http => Some(Box::new(pass)),
+                Transport::Tcp => None,
+            },
+            trace,
+            on_first_byte,
+        }
+    }
+
+    /// Tell the VMM that its working set is complete, and write down what the request felt.
+    fn first_byte(&self, machine: MachineId, epoch: &Arc<Epoch>, trace: Option<&WakeTrace>) -> FirstByteHook {
+        let fleet = self.0.clone();
+        let epoch = Arc::clone(epoch);
+        let stages: serde_json::Map<String, serde_json::Value> = trace
+            .into_iter()
+            .flat_map(|trace| &trace.stages)
+            .map(|(name, duration)| (format!("{name}_us"), micros(*duration).into()))
+            .collect();
+        Box::new(move |since_accepted| {
+            epoch.execution.first_byte();
+            tokio::spawn(async move {
+                let detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
+                fleet.record_first_byte(&machine, epoch.execution.id(), detail).await;
+            });
+        })
+    }
+}
+
+async fn connect(machine: &MachineId, epoch: &Epoch, port: u16) -> Result<tokio::net::TcpStream, WakeRefusal> {
+    tokio::select! {
+        stream = epoch.execution.connect(port) => stream.map_err(|error| match error {
+            ConnectError::Refused { .. } | ConnectError::TimedOut { .. } => {
+                let message = format!("nothing answers on port {port} of machine {machine}: {error}");
+                WakeRefusal::new(ErrorCode::ServiceUnreachable, message)
+            }
+            ConnectError::Unreachable { .. } => WakeRefusal::new(ErrorCode::GuestUnreachable, error.to_string()),
+        }),
+        () = epoch.over.cancelled() => {
+            let message = format!("machine {machine} went to sleep or stopped before the connection was made");
+            Err(WakeRefusal::new(ErrorCode::ResumeFailed, message))
+        }
+    }
+}
+
+/// Stages with their own durations; those of the VMM are points in time since its request.
+fn trace(report: &WakeReport, awake_at: Duration, connected_at: Duration) -> WakeTrace {
+    let mut stages = vec![("decided", report.decided), ("admitted", report.admitted)];
+    if let Some(restore) = &report.stages {
+        let us = |from: u64, to: u64| Duration::from_micros(to.saturating_sub(from));
+        stages.push(("vmm_ready", us(0, restore.vmm_ready_us)));
+        stages.push(("state_loaded", us(0, restore.vmm.state_loaded_us)));
+        stages.push(("memory_ready", us(restore.vmm.state_loaded_us, restore.vmm.memory_ready_us)));
+        stages.push(("vcpus_running", us(restore.vmm.memory_ready_us, restore.vmm.running_us)));
+        stages.push(("resynced", us(restore.restored_us, restore.resynced_us)));
+    }
+    stages.push(("wake", awake_at));
+    stages.push(("connected", connected_at.saturating_sub(awake_at)));
+    WakeTrace { stages }
+}
+
+fn micros(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
+
+fn refusal(error: MachineError) -> WakeRefusal {
+    WakeRefusal::new(error.code, error.message)
+}
+
+/// The proxy's ports, opened and closed as services come and go.
+pub struct ProxyListeners(pub Arc<Proxy>);
+
+#[async_trait]
+impl crate::machine::routes::Listeners for ProxyListeners {
+    fn open(&self, listen_port: u16, kind: ServiceKind) -> Result<(), MachineError> {
+        self.0.expose(listen_port, kind).map(drop).map_err(|error: ListenError| {
+            MachineError::new(ErrorCode::CapacityExceeded, crate::machine::error::chain(&error))
+        })
+    }
+
+    async fn close(&self, listen_port: u16) {
+        self.0.hide(listen_port).await;
+    }
+}
