@@ -152,6 +152,14 @@ fn a_crowd_of_silent_peers_keeps_nobody_from_being_answered() {
 }
 
 #[test]
+fn a_peer_that_never_finishes_its_request_is_let_go() {
+    let agent = Agent::start();
+    let mut connection = agent.connect();
+    connection.0.write_all(&[1, 200]).unwrap();
+    assert_eq!(connection.0.read_to_end(&mut Vec::new()).unwrap(), 0);
+}
+
+#[test]
 fn more_operations_than_the_cap_are_refused_while_quick_ones_are_answered() {
     let agent = Agent::start();
     let running: Vec<_> = (0..256)
