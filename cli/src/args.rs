@@ -1,0 +1,488 @@
+//! The command line: every command, option, help text and example.
+
+use crate::parse::{self, Publish};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+use torpor_api::{LeaseAction, LeaseMode, LeasePolicy, MachineName};
+
+/// Machines that sleep with their memory and are awake before the next request notices.
+#[derive(Debug, Parser)]
+#[command(
+    name = "torpor",
+    version,
+    after_help = "\
+Examples:
+  torpor create --name web --lease 15m --publish 8080
+  torpor exec -d web -- python3 -m http.server 8080
+  curl $(torpor url web)
+  torpor pause web         # and the next curl wakes it
+
+A machine is named by its name, its machine ID or any execution ID it ever had."
+)]
+pub(crate) struct Arguments {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How to reach torpord and how to print.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// What to print: a table for people, or the API's own JSON
+    #[arg(long, short, global = true, value_enum, default_value_t = Format::Table)]
+    output: Format,
+    /// Short for --output json
+    #[arg(long, global = true, conflicts_with = "output")]
+    json: bool,
+    /// Unix socket of torpord
+    #[arg(
+        long,
+        global = true,
+        env = "TORPOR_SOCKET",
+        default_value = "/run/torpor/api.sock"
+    )]
+    pub(crate) socket: PathBuf,
+    /// Address of torpord's API, for example http://127.0.0.1:7070, instead of the socket
+    #[arg(long, global = true, env = "TORPOR_URL")]
+    pub(crate) url: Option<String>,
+    /// File that holds the bearer token for --url
+    #[arg(long, global = true, env = "TORPOR_TOKEN_FILE")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// The bearer token itself; set TORPOR_TOKEN rather than this, which other users can see
+    #[arg(
+        long,
+        global = true,
+        env = "TORPOR_TOKEN",
+        hide_env_values = true,
+        hide = true
+    )]
+    pub(crate) token: Option<String>,
+}
+
+impl Global {
+    /// What to print.
+    pub(crate) fn output(&self) -> Format {
+        if self.json { Format::Json } else { self.output }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a machine and boot it
+    #[command(after_help = "\
+Examples:
+  torpor create
+  torpor create --name web --mem 512M --lease 15m --publish 8080
+  torpor create --name db --disk 20G --publish-tcp 5432:postgres --no-wake http
+  torpor create --lease 1h --on-expiry destroy --meta owner=ci")]
+    Create(Create),
+    /// List the machines
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  torpor ls\n  torpor ls -o json | jq -r .machines[].id"
+    )]
+    Ls,
+    /// Show one machine; does not wake it
+    #[command(after_help = "Examples:\n  torpor get web\n  torpor get web -o json | jq .lease")]
+    Get(OneMachine),
+    /// Put a machine to sleep with its memory
+    #[command(after_help = "Examples:\n  torpor pause web")]
+    Pause(OneMachine),
+    /// Wake a machine, whatever its wake switches say
+    #[command(
+        visible_alias = "start",
+        after_help = "\
+Examples:
+  torpor resume web
+  torpor resume web --from-disk    # boot, and give up the memory"
+    )]
+    Resume(Resume),
+    /// Delete machines with their disks
+    #[command(
+        visible_alias = "delete",
+        after_help = "Examples:\n  torpor rm web\n  torpor rm -f web db"
+    )]
+    Rm(Rm),
+    /// Run a command in a machine, waking it if need be
+    #[command(after_help = "\
+Examples:
+  torpor exec web -- uname -a
+  torpor exec web -u dev -w /workspace -e CI=1 -- make test
+  torpor exec -d web -- python3 -m http.server 8080
+  tar c src | torpor exec web -- sh -c 'wc -c'   # text, up to 512 KiB
+
+The exit code is the command's; 124 after --timeout, 125 if torpord refused, 126 if it could not be started.")]
+    Exec(Exec),
+    /// Print where a machine's services are reached
+    #[command(
+        after_help = "Examples:\n  curl $(torpor url web)\n  torpor url web 8080\n  torpor url web postgres"
+    )]
+    Url(Url),
+    /// Make a port of a machine reachable
+    #[command(after_help = "\
+Examples:
+  torpor expose web 8080
+  torpor expose web 8080 --name app
+  torpor expose db 5432 --tcp")]
+    Expose(Expose),
+    /// Take a service away again
+    #[command(after_help = "Examples:\n  torpor hide web 8080\n  torpor hide web app")]
+    Hide(Hide),
+    /// Print the serial console of a machine; does not wake it
+    #[command(after_help = "Examples:\n  torpor logs web\n  torpor logs -n 4K web")]
+    Logs(Logs),
+    /// Show or set when a machine falls asleep by itself
+    #[command(after_help = "\
+Examples:
+  torpor lease web                          # show
+  torpor lease web 15m                      # asleep 15 minutes from now
+  torpor lease web 10m --sliding            # 10 minutes after the last activity
+  torpor lease web 1h --on-expiry destroy
+  torpor lease web --none                   # awake until told otherwise")]
+    Lease(Lease),
+    /// Show or set what may wake a machine
+    #[command(after_help = "Examples:\n  torpor wake web\n  torpor wake web --http off --tcp off")]
+    Wake(Wake),
+    /// Print what happened, to one machine or to all
+    #[command(
+        after_help = "Examples:\n  torpor events\n  torpor events web -f\n  torpor events --after 120 -o json"
+    )]
+    Events(Events),
+    /// List the templates of this host
+    #[command(after_help = "Examples:\n  torpor templates")]
+    Templates,
+    /// Ask torpord how it is
+    #[command(after_help = "Examples:\n  torpor status")]
+    Status,
+    /// Try what this host can do, and say what to do about what it can't
+    #[command(after_help = "\
+Examples:
+  torpor doctor
+  torpor doctor --probe kvm        # exit code 0 only if this KVM runs an unmodified kernel
+  torpor doctor -o json")]
+    Doctor(Doctor),
+    /// Print shell completions
+    #[command(after_help = "Examples:\n  torpor completions bash > /etc/bash_completion.d/torpor")]
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// One probe of doctor that could hang or be killed, run in a process of its own
+    #[command(hide = true)]
+    DoctorChild {
+        /// Which probe
+        probe: String,
+    },
+}
+
+impl Command {
+    /// Exit code when it fails; exec keeps the low ones for the command in the machine.
+    pub(crate) fn failure_code(&self) -> u8 {
+        if matches!(self, Self::Exec(_)) { 125 } else { 1 }
+    }
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct OneMachine {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// A label of its own: a-z, 0-9 and -, beginning with a letter
+    #[arg(long)]
+    pub(crate) name: Option<MachineName>,
+    /// What to start from
+    #[arg(long, default_value = "base")]
+    pub(crate) template: String,
+    /// Number of vCPUs
+    #[arg(long, default_value_t = 1)]
+    pub(crate) vcpus: u8,
+    /// Guest memory
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse::size_mib)]
+    pub(crate) mem: u32,
+    /// Size of the disk; the template's own if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse::size_mib)]
+    pub(crate) disk: Option<u32>,
+    /// How long it stays awake
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) lease: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) lease_options: LeaseOptions,
+    /// Make an HTTP port reachable, with a name if given; may be repeated
+    #[arg(long, value_name = "PORT[:NAME]", value_parser = parse::publish)]
+    pub(crate) publish: Vec<Publish>,
+    /// Likewise for a raw TCP port
+    #[arg(long, value_name = "PORT[:NAME]", value_parser = parse::publish)]
+    pub(crate) publish_tcp: Vec<Publish>,
+    /// Traffic that must not wake it
+    #[arg(long, value_enum, value_name = "KIND", value_delimiter = ',')]
+    pub(crate) no_wake: Vec<Traffic>,
+    /// Free key and value; may be repeated
+    #[arg(long = "meta", value_name = "KEY=VALUE", value_parser = parse::pair)]
+    pub(crate) metadata: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LeaseOptions {
+    /// What happens when the lease runs out
+    #[arg(long, value_enum, value_name = "ACTION", requires = "lease")]
+    on_expiry: Option<OnExpiry>,
+    /// Activity moves the deadline
+    #[arg(long, requires = "lease")]
+    sliding: bool,
+}
+
+impl LeaseOptions {
+    /// The policy for a lease of that length.
+    pub(crate) fn policy(&self, length: Duration) -> LeasePolicy {
+        LeasePolicy {
+            seconds: length.as_secs(),
+            action: match self.on_expiry {
+                None | Some(OnExpiry::Pause) => LeaseAction::Pause,
+                Some(OnExpiry::Destroy) => LeaseAction::Destroy,
+            },
+            mode: if self.sliding {
+                LeaseMode::Sliding
+            } else {
+                LeaseMode::Absolute
+            },
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnExpiry {
+    Pause,
+    Destroy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Traffic {
+    Http,
+    Ssh,
+    Tcp,
+    Api,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resume {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Boot from the disk and give up the memory
+    #[arg(long)]
+    pub(crate) from_disk: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Rm {
+    /// A machine that does not exist is no failure
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// Names, machine IDs or execution IDs
+    #[arg(required = true)]
+    pub(crate) machines: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Answer with the PID at once and let the command run on
+    #[arg(long, short, visible_alias = "background")]
+    pub(crate) detach: bool,
+    /// Working directory
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User in the machine
+    #[arg(long, short)]
+    pub(crate) user: Option<String>,
+    /// Set an environment variable; may be repeated
+    #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse::pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Kill the command after so long [torpord's default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) timeout: Option<Duration>,
+    /// Read standard input and pass it on; a pipe or a file is passed on anyway
+    #[arg(long = "stdin", short = 'i')]
+    pub(crate) with_stdin: bool,
+    /// Do not pass standard input on, even if it is a pipe or a file
+    #[arg(long, short = 'n', conflicts_with = "with_stdin")]
+    pub(crate) no_stdin: bool,
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Program and arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) argv: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Url {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Port or name of one service
+    pub(crate) service: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Expose {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Port in the machine
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) port: u16,
+    /// Name of the service
+    #[arg(long)]
+    pub(crate) name: Option<MachineName>,
+    /// Raw TCP instead of HTTP
+    #[arg(long)]
+    pub(crate) tcp: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Hide {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Port or name of the service
+    pub(crate) service: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// Print only so many bytes from the end
+    #[arg(long, short = 'n', value_name = "SIZE", value_parser = parse::size_bytes)]
+    pub(crate) bytes: Option<u64>,
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Lease {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Length, counted from now
+    #[arg(value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) lease: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) options: LeaseOptions,
+    /// Take the lease away
+    #[arg(long, conflicts_with = "lease")]
+    pub(crate) none: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Wake {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// HTTP and WebSocket requests
+    #[arg(long, value_enum)]
+    pub(crate) http: Option<Switch>,
+    /// SSH logins
+    #[arg(long, value_enum)]
+    pub(crate) ssh: Option<Switch>,
+    /// Raw TCP connections
+    #[arg(long, value_enum)]
+    pub(crate) tcp: Option<Switch>,
+    /// Exec, files and other calls that need the machine
+    #[arg(long, value_enum)]
+    pub(crate) api: Option<Switch>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    /// Only this machine's
+    pub(crate) machine: Option<String>,
+    /// Go on as more happens
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Begin after this offset
+    #[arg(long, default_value_t = 0)]
+    pub(crate) after: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// What to try
+    #[arg(long, value_enum, default_value_t = Probe::All)]
+    pub(crate) probe: Probe,
+    /// Directory whose disk is tried
+    #[arg(long, default_value = "/var/lib/torpor")]
+    pub(crate) state_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Probe {
+    All,
+    Kvm,
+    Uffd,
+    Tap,
+    Nft,
+    Cgroup,
+    Disk,
+    Kernel,
+    Torpord,
+}
+
+/// Pairs as the API takes them; the last of equal keys counts.
+pub(crate) fn map_of(pairs: &[(String, String)]) -> BTreeMap<String, String> {
+    pairs.iter().cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn every_visible_command_has_examples() {
+        for command in Arguments::command()
+            .get_subcommands()
+            .filter(|command| !command.is_hide_set())
+        {
+            let help = command
+                .get_after_help()
+                .map(ToString::to_string)
+                .unwrap_or_default();
+            assert!(help.contains("Example"), "{} has none", command.get_name());
+            assert!(help.contains(&format!("torpor {}", command.get_name())) || command.get_name() == "url");
+        }
+    }
+
+    #[test]
+    fn what_follows_the_machine_is_the_command_even_if_it_looks_like_ours() {
+        let parsed = Arguments::parse_from(["torpor", "exec", "-w", "/", "web", "--", "ls", "-o", "json"]);
+        let Command::Exec(exec) = parsed.command else {
+            panic!("not exec")
+        };
+        assert_eq!(
+            (exec.argv.join(" "), parsed.global.output()),
+            ("ls -o json".to_owned(), Format::Table)
+        );
+    }
+
+    #[test]
+    fn lease_options_need_a_lease() {
+        assert!(Arguments::try_parse_from(["torpor", "lease", "web", "--sliding"]).is_err());
+        assert!(Arguments::try_parse_from(["torpor", "lease", "web", "5m", "--none"]).is_err());
+        assert!(Arguments::try_parse_from(["torpor", "create", "--on-expiry", "pause"]).is_err());
+    }
+}

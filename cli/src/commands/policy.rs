@@ -1,0 +1,76 @@
+//! `lease` and `wake`: when a machine falls asleep, and what wakes it.
+
+use super::{Context, path};
+use crate::args::{self, Switch};
+use crate::output::lease_text;
+use http::Method;
+use torpor_api::http::{PatchWake, SetLease, WakePolicy};
+
+/// Shows, sets or takes away the lease.
+pub(super) async fn lease(context: &Context, asked: &args::Lease) -> anyhow::Result<u8> {
+    let policy = asked.lease.map(|length| asked.options.policy(length));
+    let answer = if policy.is_none() && !asked.none {
+        let machine = context.machine(&asked.machine).await?;
+        serde_json::to_vec(&machine.lease)?.into()
+    } else {
+        let path = format!("{}/lease", path(&asked.machine));
+        context
+            .client
+            .call_with(Method::PUT, &path, &SetLease { lease: policy })
+            .await?
+    };
+    match context.format {
+        args::Format::Json => crate::output::print_json(&answer)?,
+        args::Format::Table => {
+            let machine = context.machine(&asked.machine).await?;
+            crate::output::print_line(&lease_text(machine.lease.as_ref()))?;
+        }
+    }
+    Ok(0)
+}
+
+/// Shows or changes the wake switches.
+pub(super) async fn wake(context: &Context, asked: &args::Wake) -> anyhow::Result<u8> {
+    let on = |switch: Option<Switch>| switch.map(|switch| switch == Switch::On);
+    let patch = PatchWake {
+        http: on(asked.http),
+        ssh: on(asked.ssh),
+        tcp: on(asked.tcp),
+        api: on(asked.api),
+    };
+    let answer = if patch == PatchWake::default() {
+        let machine = context.machine(&asked.machine).await?;
+        serde_json::to_vec(&machine.wake)?.into()
+    } else {
+        let path = format!("{}/wake", path(&asked.machine));
+        context.client.call_with(Method::PATCH, &path, &patch).await?
+    };
+    match context.format {
+        args::Format::Json => crate::output::print_json(&answer)?,
+        args::Format::Table => {
+            let machine = context.machine(&asked.machine).await?;
+            crate::output::print_line(&wake_text(machine.wake))?;
+        }
+    }
+    Ok(0)
+}
+
+/// What wakes a machine, in words.
+pub(super) fn wake_text(wake: WakePolicy) -> String {
+    let switches = [
+        ("http", wake.http),
+        ("ssh", wake.ssh),
+        ("tcp", wake.tcp),
+        ("api", wake.api),
+    ];
+    let on: Vec<&str> = switches
+        .iter()
+        .filter(|(_, on)| *on)
+        .map(|(name, _)| *name)
+        .collect();
+    if on.is_empty() {
+        "only 'torpor resume'".to_owned()
+    } else {
+        on.join(", ")
+    }
+}
