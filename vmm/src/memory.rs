@@ -276,7 +276,7 @@ impl Ram {
     /// The guest gave these pages back: free them, and never fill them from an image again. Ranges that are
     /// not whole pages of RAM are cut or ignored: the guest says what it wants.
     pub fn discard(&self, gpa: u64, len_bytes: u64) {
-        let aligned = gpa.next_multiple_of(PAGE_BYTES);
+        let Some(aligned) = gpa.checked_next_multiple_of(PAGE_BYTES) else { return };
         let len_bytes = len_bytes.saturating_sub(aligned - gpa) / PAGE_BYTES * PAGE_BYTES;
         let Some(offset) = self.layout.ram_offset(aligned, len_bytes).filter(|_| len_bytes > 0) else {
             return;
@@ -303,3 +303,6 @@ impl Drop for Ram {
 
 
 
+
+#[cfg(test)]
+mod tests;

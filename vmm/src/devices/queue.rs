@@ -308,21 +308,24 @@ impl Virtqueue {
         mut serve: impl FnMut(Chain<'m>) -> Result<usize, QueueError>,
     ) -> Result<Drained, QueueError> {
         let mut n_done = 0;
+        let mut n_empty_looks = 0;
         loop {
-            let n_before = n_done;
-            while n_done < budget && !pause.load(Ordering::Acquire) {
-                let Some(chain) = self.next(memory)? else { break };
+            if n_done >= budget || pause.load(Ordering::Acquire) {
+                return Ok(Drained::More);
+            }
+            if let Some(chain) = self.next(memory)? {
                 let head = chain.head;
                 let len_bytes = serve(chain)?;
                 self.complete(memory, head, len_bytes)?;
                 n_done += 1;
-            }
-            if n_done >= budget || pause.load(Ordering::Acquire) {
-                return Ok(Drained::More);
-            }
-            // A chain that came while the last one was served brings no kick; one that `next` can't see is none.
-            if !self.listen(memory)? || n_done == n_before {
-                return Ok(Drained::Empty);
+                n_empty_looks = 0;
+            } else {
+                // A chain that came after the look at the ring and before the request for a kick brings no kick,
+                // so there is a second look. A third would find no more than the second.
+                n_empty_looks += 1;
+                if !self.listen(memory)? || n_empty_looks > 1 {
+                    return Ok(Drained::Empty);
+                }
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::testing::{BUFFERS, Machine, start, writable};
+use super::testing::{BUFFERS, Machine, readable, start, writable};
 
 /// A descriptor that is wrong in some way, or not.
 fn descriptor() -> impl Strategy<Value = (u64, u32, u16, u16)> {
@@ -61,6 +61,30 @@ fn a_thousand_freezes_under_load_lose_nothing() {
         machine.set.freeze();
         machine.set.thaw();
         assert_eq!(ring.wait_used(&machine), (head, 16));
+    }
+}
+
+#[test]
+fn requests_that_come_just_as_the_device_stops_looking_are_served() {
+    // Each request is made the instant the one before is done, which is when the device asks for kicks again.
+    for device in [super::testing::BLK, super::testing::RNG] {
+        let machine = Machine::new();
+        let mut ring = start(&machine, device).remove(0);
+        machine.fill(BUFFERS, &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        let name = writable(BUFFERS + 64, 21);
+        let chain = [readable(BUFFERS, 16), name];
+        for _ in 0..20_000 {
+            ring.push(&machine, &chain);
+            ring.kick(&machine);
+            let mut n_looks = 0;
+            while ring.poll_used(&machine).is_none() {
+                n_looks += 1;
+                if n_looks > 1000 {
+                    ring.wait_used(&machine);
+                    break;
+                }
+            }
+        }
     }
 }
 

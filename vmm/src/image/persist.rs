@@ -288,3 +288,6 @@ pub(super) fn chunks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let end = pages.end;
     pages.step_by(step).map(move |from| from..(from + CHUNK_PAGES).min(end))
 }
+
+#[cfg(test)]
+mod tests;

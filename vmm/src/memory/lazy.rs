@@ -139,17 +139,14 @@ impl LazyMemory {
     /// A page can't be read or is wrong.
     pub fn prefetch(&self, extents: &[Extent]) -> Result<u64, FillError> {
         let n_pages = self.shared.ram.layout().n_pages();
-        let mut ranges: Vec<Range<u64>> = extents.iter().map(|e| e.pages(n_pages)).collect();
-        ranges.sort_unstable_by_key(|range| range.start);
+        let ranges = union(extents.iter().map(|extent| extent.pages(n_pages)).collect());
         for range in &ranges {
             self.shared.source.will_need(range.clone());
         }
         let mut buffer = vec![0; PAGE_SIZE * usize::try_from(BATCH_PAGES).unwrap_or(1)];
         let mut filled = 0;
-        let mut done_to = 0;
         for range in ranges {
-            let mut from = range.start.max(done_to);
-            done_to = done_to.max(range.end);
+            let mut from = range.start;
             while from < range.end {
                 let to = range.end.min(from + BATCH_PAGES);
                 filled += self.shared.fill(from..to, &mut buffer)?;
@@ -219,10 +216,11 @@ impl Shared {
         self.counters.faults.fetch_add(1, Ordering::Relaxed);
         let start = page / WINDOW_PAGES * WINDOW_PAGES;
         let window = start..(start + WINDOW_PAGES).min(self.ram.layout().n_pages());
-        let n_filled = self.fill(window.clone(), buffer)?;
-        if n_filled > 0 {
+        // Before the fill: it lets the guest go on, and the first response byte must not overtake the record.
+        if window.clone().any(|page| self.kind(page) == Kind::InImage) {
             self.record(&window);
         }
+        self.fill(window, buffer)?;
         // Another vCPU's fault may have brought the page between this fault and now: nobody else wakes it.
         self.uffd.wake(self.ram.hva(page * PAGE_BYTES), PAGE_BYTES).map_err(|source| FillError::Place {
             first: page,
@@ -256,13 +254,13 @@ impl Shared {
                 // May be present: it was touched again after it was given back.
                 Kind::Discarded => self.place_zeros(page..end)?,
                 Kind::InImage => {
+                    self.counters.pages.fetch_add(end - page, Ordering::Relaxed);
                     self.fill_from_source(page..end, buffer)?;
                     n_filled += end - page;
                 }
             }
             page = end;
         }
-        self.counters.pages.fetch_add(n_filled, Ordering::Relaxed);
         Ok(n_filled)
     }
 
@@ -341,6 +339,19 @@ enum Kind {
 struct Run<'a> {
     bytes: &'a [u8],
     zero: bool,
+}
+
+/// The same pages in as few ranges as possible, in order.
+pub(crate) fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    ranges.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
 }
 
 /// Runs of pages that are all zero, or all not.

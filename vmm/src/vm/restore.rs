@@ -9,7 +9,7 @@ use crate::arch;
 use crate::devices::Backends;
 use crate::image::{self, Expected, Extent, OpenImage, PageSource};
 use crate::layout::PAGE_BYTES;
-use crate::memory::lazy::{FailureSink, LazyMemory};
+use crate::memory::lazy::{FailureSink, LazyMemory, union};
 use std::fs::File;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -70,9 +70,11 @@ impl Prepared {
             vcpu.restore(state)?;
         }
         trace.prefetched_pages = lazy.prefetch(&working_set)?;
+        tracing::debug!(us = micros(started), "working set in place");
         for vcpu in &self.vcpus {
             vcpu.done()?;
         }
+        tracing::debug!(us = micros(started), "vCPU state set");
         self.pre_fault(&working_set)?;
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
@@ -117,8 +119,8 @@ impl Prepared {
             return Ok(());
         };
         let layout = self.ram.layout();
-        let pages = working_set.iter().map(|extent| extent.pages(layout.n_pages()));
-        let ranges = pages.flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
+        let pages = union(working_set.iter().map(|extent| extent.pages(layout.n_pages())).collect());
+        let ranges = pages.into_iter().flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
         first.pre_fault(ranges.collect())?;
         Ok(first.done()?)
     }

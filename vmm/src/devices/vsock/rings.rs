@@ -264,10 +264,12 @@ impl Vsock {
     pub(super) fn pump_event(&mut self, queues: &mut Queues<'_>) -> Result<(), QueueError> {
         let memory = queues.memory;
         if self.reset_event == ResetEvent::Due {
-            let Some(chain) = queues.queues[EVENT].next(memory)? else {
-                queues.queues[EVENT].listen(memory)?;
-                return Ok(());
-            };
+            let mut buffer = queues.queues[EVENT].next(memory)?;
+            if buffer.is_none() && queues.queues[EVENT].listen(memory)? {
+                // It came between the look and the request for a kick.
+                buffer = queues.queues[EVENT].next(memory)?;
+            }
+            let Some(chain) = buffer else { return Ok(()) };
             // VIRTIO_VSOCK_EVENT_TRANSPORT_RESET is 0.
             let n_bytes = chain.writable.copy_from(&0_u32.to_le_bytes());
             let driver_index = queues.queues[EVENT].driver_index(memory)?;

@@ -1,0 +1,422 @@
+//! Images are written from and read back into memory of this process; no KVM is needed.
+
+use super::{Contents, FlushDisk, Persist, PersistError};
+use crate::image::{self, Expected, Extent, HostSignature, ImageFile, ImageLayout, OpenError, OpenImage, PageSource};
+use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
+use crate::memory::lazy::LazyMemory;
+use crate::memory::{GuestMemory, Ram};
+use crate::sys::uffd::Uffd;
+use proptest::prelude::*;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use torpor_api::vmm::PersistStats;
+use vm_memory::{Bytes, GuestAddress};
+
+const MEM_MIB: u32 = 128;
+const MEM_BYTES: u64 = 128 << 20;
+
+fn host() -> HostSignature {
+    HostSignature::new("x86_64", "Test", 1, 2, 3, b"features")
+}
+
+fn expected(generation: u64) -> Expected {
+    Expected {
+        generation,
+        disk_generation: 5,
+        n_vcpus: 2,
+        mem_bytes: MEM_BYTES,
+        host: host(),
+    }
+}
+
+/// A guest without vCPUs.
+struct Guest {
+    memory: GuestMemory,
+    backing: Option<LazyMemory>,
+    ram: Arc<Ram>,
+    baseline: Option<Arc<ImageFile>>,
+    source: Option<Arc<ImageFile>>,
+}
+
+impl Guest {
+    fn boot() -> Self {
+        let ram = Arc::new(Ram::reserve(RamLayout::new(MEM_MIB).unwrap()).unwrap());
+        ram.map().unwrap();
+        Self {
+            memory: ram.guest_memory().unwrap(),
+            backing: None,
+            ram,
+            baseline: None,
+            source: None,
+        }
+    }
+
+    fn restore(file: &File, generation: u64) -> Self {
+        let OpenImage { file, vmstate, .. } = image::open(file.try_clone().unwrap(), &expected(generation)).unwrap();
+        assert_eq!(vmstate, generation.to_le_bytes());
+        let mut guest = Self::boot();
+        let file = Arc::new(file);
+        let source = Arc::clone(&file) as Arc<dyn PageSource>;
+        let fail = Box::new(|error| panic!("{error}"));
+        guest.backing =
+            Some(LazyMemory::start(Arc::clone(&guest.ram), Uffd::open().unwrap(), source, fail).unwrap());
+        guest.baseline = Some(Arc::clone(&file));
+        guest.source = Some(file);
+        guest
+    }
+
+    fn write(&self, page: u64, value: u64) {
+        let bytes: Vec<u8> = if value == 0 {
+            vec![0; PAGE_SIZE]
+        } else {
+            (0..PAGE_SIZE as u64 / 8).flat_map(|i| (value ^ i).to_le_bytes()).collect()
+        };
+        self.memory.write_slice(&bytes, GuestAddress(page * PAGE_BYTES)).unwrap();
+    }
+
+    fn discard(&self, page: u64) {
+        self.ram.discard(page * PAGE_BYTES, PAGE_BYTES);
+    }
+
+    fn job(&self, file: &File, generation: u64, flush_disk: FlushDisk, cancel: bool) -> Persist {
+        let same = self.baseline.as_ref().is_some_and(|b| b.is_same_file(file).unwrap());
+        let layout = ImageLayout::new(MEM_BYTES);
+        let empty = || Arc::new(ImageFile::empty(file.try_clone().unwrap(), layout).unwrap());
+        Persist {
+            ram: Arc::clone(&self.ram),
+            target: file.try_clone().unwrap(),
+            baseline: if same { self.baseline.clone().unwrap() } else { empty() },
+            source: self.source.clone().filter(|_| !same),
+            fresh: !same,
+            contents: Contents {
+                generation,
+                disk_generation: 5,
+                n_vcpus: 2,
+                vmstate: generation.to_le_bytes().to_vec(),
+                working_set: Extent::new(0..16).into_iter().collect(),
+                host: host(),
+            },
+            cancel: Arc::new(AtomicBool::new(cancel)),
+            flush_disk,
+        }
+    }
+
+    fn persist(&mut self, file: &File, generation: u64) -> PersistStats {
+        let job = self.job(file, generation, Box::new(|| Ok(())), false);
+        self.baseline = Some(Arc::clone(&job.baseline));
+        job.run().unwrap()
+    }
+
+    fn page(&self, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE_SIZE];
+        self.ram.copy_out(page, &mut bytes);
+        bytes
+    }
+
+    fn dump(&self) -> Vec<u8> {
+        let mut bytes = vec![0; usize::try_from(MEM_BYTES).unwrap()];
+        self.ram.copy_out(0, &mut bytes);
+        bytes
+    }
+}
+
+/// Memory as the image file alone tells it.
+fn reconstruct(file: &File, generation: u64) -> Vec<u8> {
+    let image = image::open(file.try_clone().unwrap(), &expected(generation)).unwrap();
+    let mut bytes = vec![0; usize::try_from(MEM_BYTES).unwrap()];
+    image.file.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+fn image_file() -> File {
+    tempfile::tempfile().unwrap()
+}
+
+#[test]
+fn a_first_image_holds_the_pages_that_are_not_zero_and_no_others() {
+    let mut guest = Guest::boot();
+    for page in 100..200 {
+        guest.write(page, if page % 10 == 0 { 0 } else { page });
+    }
+    let file = image_file();
+    let stats = guest.persist(&file, 1);
+    assert_eq!((stats.present_pages, stats.written_pages, stats.zero_pages), (100, 90, 10));
+    assert!(reconstruct(&file, 1) == guest.dump());
+    let data_blocks = 90 * 8;
+    let metadata_blocks = ImageLayout::new(MEM_BYTES).data_offset() / 512;
+    assert!(file.metadata().unwrap().blocks() < data_blocks + metadata_blocks, "zero pages take room");
+}
+
+#[test]
+fn a_wake_that_only_reads_writes_no_page() {
+    let mut guest = Guest::boot();
+    (0..64).for_each(|page| guest.write(page, page + 1));
+    let file = image_file();
+    guest.persist(&file, 1);
+    let mut woken = Guest::restore(&file, 1);
+    assert!(woken.page(3) == guest.page(3));
+    let stats = woken.persist(&file, 2);
+    assert_eq!((stats.present_pages, stats.written_pages), (16, 0));
+    assert!(reconstruct(&file, 2) == guest.dump());
+}
+
+#[test]
+fn pages_that_were_given_back_are_holes_in_the_next_image() {
+    let mut guest = Guest::boot();
+    (0..1024).for_each(|page| guest.write(page, page + 1));
+    let file = image_file();
+    guest.persist(&file, 1);
+    let before = file.metadata().unwrap().blocks();
+    let mut woken = Guest::restore(&file, 1);
+    woken.page(0);
+    (0..512).for_each(|page| woken.discard(page));
+    woken.write(7, 77);
+    woken.persist(&file, 2);
+    let after = file.metadata().unwrap().blocks();
+    assert!(after + 500 * 8 <= before, "{before} blocks became {after}");
+    let image = reconstruct(&file, 2);
+    assert!(image[..PAGE_SIZE * 7].iter().all(|byte| *byte == 0));
+    assert!(image == woken.dump());
+}
+
+#[test]
+fn a_cancelled_persist_leaves_no_valid_image_and_the_next_one_is_right() {
+    let mut guest = Guest::boot();
+    (0..600).for_each(|page| guest.write(page, page + 1));
+    let file = image_file();
+    guest.persist(&file, 1);
+    let mut woken = Guest::restore(&file, 1);
+    (0..300).for_each(|page| woken.write(page, page + 1000));
+    // The flush is the last step before the image is marked valid: everything else is written by then.
+    let mut job = woken.job(&file, 2, Box::new(|| Ok(())), false);
+    let cancel = Arc::clone(&job.cancel);
+    job.flush_disk = Box::new(move || {
+        cancel.store(true, std::sync::atomic::Ordering::Release);
+        Ok(())
+    });
+    assert!(matches!(job.run(), Err(PersistError::Cancelled)));
+    assert!(matches!(image::open(file.try_clone().unwrap(), &expected(2)), Err(OpenError::Incomplete)));
+    (100..200).for_each(|page| woken.write(page, page + 5000));
+    (0..50).for_each(|page| woken.discard(page));
+    woken.persist(&file, 3);
+    assert!(reconstruct(&file, 3) == woken.dump());
+}
+
+#[test]
+fn a_persist_that_is_cancelled_before_it_writes_leaves_the_old_image() {
+    let mut guest = Guest::boot();
+    guest.write(1, 1);
+    let file = image_file();
+    guest.persist(&file, 1);
+    let before = guest.dump();
+    guest.write(1, 2);
+    let job = guest.job(&file, 2, Box::new(|| Ok(())), true);
+    assert!(matches!(job.run(), Err(PersistError::Cancelled)));
+    assert!(reconstruct(&file, 1) == before);
+}
+
+#[test]
+fn a_disk_that_cannot_be_flushed_leaves_no_valid_image() {
+    let guest = Guest::boot();
+    guest.write(1, 1);
+    let file = image_file();
+    let job = guest.job(&file, 1, Box::new(|| Err(io::Error::from_raw_os_error(libc::EIO))), false);
+    assert!(matches!(
+        job.run(),
+        Err(PersistError::Io {
+            operation: "flush the disk",
+            ..
+        })
+    ));
+    assert!(matches!(image::open(file, &expected(1)), Err(OpenError::Incomplete)));
+}
+
+#[test]
+fn a_fork_takes_untouched_pages_over_into_its_own_image() {
+    let mut parent = Guest::boot();
+    (0..600).for_each(|page| parent.write(page, page + 1));
+    let parents = image_file();
+    parent.persist(&parents, 1);
+    let mut child = Guest::restore(&parents, 1);
+    child.write(5, 12_345);
+    child.discard(6);
+    let own = image_file();
+    child.persist(&own, 2);
+    assert!(reconstruct(&own, 2) == child.dump());
+    assert!(reconstruct(&parents, 1) == parent.dump(), "the parent's image changed");
+    child.write(7, 999);
+    let stats = child.persist(&own, 3);
+    assert_eq!(stats.written_pages, 1);
+    assert!(reconstruct(&own, 3) == child.dump());
+}
+
+#[test]
+fn a_file_that_held_something_else_shows_none_of_it() {
+    let file = image_file();
+    file.set_len(300 << 20).unwrap();
+    let layout = ImageLayout::new(MEM_BYTES);
+    file.write_all_at(b"an older life", layout.page_offset(9)).unwrap();
+    let mut guest = Guest::boot();
+    guest.write(1, 1);
+    guest.persist(&file, 1);
+    assert!(reconstruct(&file, 1) == guest.dump());
+}
+
+#[test]
+fn what_does_not_fit_the_prepared_vm_is_refused() {
+    let mut guest = Guest::boot();
+    guest.write(1, 1);
+    let file = image_file();
+    guest.persist(&file, 4);
+    let open = |change: &dyn Fn(&mut Expected)| {
+        let mut wanted = expected(4);
+        change(&mut wanted);
+        image::open(file.try_clone().unwrap(), &wanted).map(|_| ())
+    };
+    assert!(open(&|_| ()).is_ok());
+    assert!(matches!(open(&|e| e.generation = 3), Err(OpenError::Generation { .. })));
+    assert!(matches!(open(&|e| e.disk_generation = 6), Err(OpenError::DiskGeneration { .. })));
+    for error in [
+        open(&|e| e.n_vcpus = 1),
+        open(&|e| e.mem_bytes *= 2),
+        open(&|e| e.host.kernel = "9.9".to_owned()),
+        open(&|e| e.host.features ^= 1),
+    ] {
+        assert!(error.unwrap_err().is_incompatible());
+    }
+    file.set_len(1 << 20).unwrap();
+    assert!(matches!(open(&|_| ()), Err(OpenError::Length { .. })));
+}
+
+#[test]
+fn damage_of_the_state_or_of_a_page_is_found() {
+    let mut guest = Guest::boot();
+    guest.write(300, 1);
+    let file = image_file();
+    guest.persist(&file, 1);
+    let layout = ImageLayout::new(MEM_BYTES);
+    let damage = |offset: u64| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
+    };
+    damage(layout.page_offset(300) + 4095);
+    let image = image::open(file.try_clone().unwrap(), &expected(1)).unwrap();
+    let mut page = vec![0; PAGE_SIZE];
+    assert!(image.file.read(300, &mut page).is_err());
+    assert!(image.file.read(301, &mut page).is_ok());
+    damage(layout.page_offset(300) + 4095);
+    damage(layout.checksums_offset() + 4 * 301);
+    let image = image::open(file.try_clone().unwrap(), &expected(1)).unwrap();
+    assert!(image.file.read(300, &mut page).is_ok());
+    assert!(image.file.read(301, &mut page).is_err(), "a hole whose checksum is damaged passed");
+    damage(layout.vmstate_offset());
+    assert!(matches!(image::open(file.try_clone().unwrap(), &expected(1)), Err(OpenError::StateChecksum { .. })));
+}
+
+/// The limit is the process's, so the test runs itself again as a process of its own.
+#[test]
+fn a_full_disk_is_told_apart_from_a_broken_one() {
+    const NAME: &str = "image::persist::tests::a_full_disk_is_told_apart_from_a_broken_one";
+    if std::env::var_os("TORPOR_TEST_CHILD").is_none() {
+        let program = std::env::current_exe().unwrap();
+        let run = std::process::Command::new(program).args(["--exact", NAME]).env("TORPOR_TEST_CHILD", "1").output();
+        let run = run.unwrap();
+        let text = String::from_utf8_lossy(&run.stdout).into_owned();
+        assert!(run.status.success() && text.contains("1 passed"), "{text}");
+        return;
+    }
+    use nix::sys::resource::{Resource, setrlimit};
+    use nix::sys::signal::{SigSet, Signal};
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGXFSZ);
+    signals.thread_block().unwrap();
+    let guest = Guest::boot();
+    guest.write(1, 1);
+    let file = image_file();
+    setrlimit(Resource::RLIMIT_FSIZE, 1 << 20, 1 << 20).unwrap();
+    let error = guest.job(&file, 1, Box::new(|| Ok(())), false).run().unwrap_err();
+    assert!(matches!(error, PersistError::DiskFull { .. }), "{error:?}");
+}
+
+#[derive(Debug, Clone)]
+enum Step {
+    Write(u64, u64),
+    Read(u64),
+    Discard(u64),
+    Persist,
+    CancelPersist,
+    Restore,
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        6 => (0u64..96, 0u64..4).prop_map(|(page, value)| Step::Write(page, value)),
+        3 => (0u64..96).prop_map(Step::Read),
+        2 => (0u64..96).prop_map(Step::Discard),
+        2 => Just(Step::Persist),
+        1 => Just(Step::CancelPersist),
+        2 => Just(Step::Restore),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn every_image_equals_a_model_of_memory_after_any_life(steps in prop::collection::vec(step(), 1..60)) {
+        let file = image_file();
+        let mut guest = Guest::boot();
+        let mut model = vec![0u64; 96];
+        let mut durable: Option<(u64, Vec<u64>)> = None;
+        let mut generation = 0;
+        for step in steps {
+            match step {
+                Step::Write(page, value) => {
+                    guest.write(page, value);
+                    model[usize::try_from(page).unwrap()] = value;
+                }
+                Step::Read(page) => {
+                    guest.page(page);
+                }
+                Step::Discard(page) => {
+                    guest.discard(page);
+                    model[usize::try_from(page).unwrap()] = 0;
+                }
+                Step::Persist => {
+                    generation += 1;
+                    guest.persist(&file, generation);
+                    durable = Some((generation, model.clone()));
+                }
+                Step::CancelPersist => {
+                    generation += 1;
+                    let mut job = guest.job(&file, generation, Box::new(|| Ok(())), false);
+                    let cancel = Arc::clone(&job.cancel);
+                    job.flush_disk = Box::new(move || {
+                        cancel.store(true, std::sync::atomic::Ordering::Release);
+                        Ok(())
+                    });
+                    prop_assert!(matches!(job.run(), Err(PersistError::Cancelled)));
+                    durable = None;
+                }
+                Step::Restore => {
+                    if let Some((at, pages)) = &durable {
+                        guest = Guest::restore(&file, *at);
+                        model = pages.clone();
+                    }
+                }
+            }
+        }
+        generation += 1;
+        guest.persist(&file, generation);
+        let woken = Guest::restore(&file, generation);
+        for (value, page) in model.iter().zip(0u64..) {
+            let bytes = woken.page(page);
+            prop_assert_eq!(u64::from_le_bytes(*bytes.first_chunk().unwrap()), *value, "page {}", page);
+            prop_assert!(bytes == guest.page(page), "page {} differs", page);
+        }
+    }
+}

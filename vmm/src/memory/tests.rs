@@ -1,0 +1,230 @@
+//! Memory is tested in this process, without KVM: its own threads fault.
+
+use super::lazy::{FillError, LazyMemory};
+use super::{GuestMemory, PageBitmap, Ram};
+use crate::image::{Extent, PageError, PageSource};
+use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
+use crate::sys::uffd::Uffd;
+use proptest::prelude::*;
+use std::collections::HashSet;
+use std::ops::Range;
+use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Arc, Mutex};
+use vm_memory::{Bytes, GuestAddress};
+
+/// Page `n` holds its number, but every fourth is zero, and one is broken.
+#[derive(Debug, Default)]
+struct Numbered {
+    broken: Option<u64>,
+    read: Mutex<Vec<Range<u64>>>,
+}
+
+fn numbered(page: u64) -> u64 {
+    if page.is_multiple_of(4) { 0 } else { page }
+}
+
+impl PageSource for Numbered {
+    fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), PageError> {
+        let end = first + (buffer.len() / PAGE_SIZE) as u64;
+        self.read.lock().unwrap().push(first..end);
+        if let Some(page) = self.broken.filter(|page| (first..end).contains(page)) {
+            return Err(PageError::Checksum {
+                page,
+                found: 1,
+                wanted: 2,
+            });
+        }
+        for (bytes, page) in buffer.chunks_exact_mut(PAGE_SIZE).zip(first..) {
+            bytes.fill(0);
+            bytes[..8].copy_from_slice(&numbered(page).to_le_bytes());
+        }
+        Ok(())
+    }
+    fn will_need(&self, _: Range<u64>) {}
+}
+
+struct Lazy {
+    lazy: LazyMemory,
+    source: Arc<Numbered>,
+    memory: GuestMemory,
+    ram: Arc<Ram>,
+    failures: Receiver<FillError>,
+}
+
+fn lazy(mem_mib: u32, broken: Option<u64>) -> Lazy {
+    let ram = Arc::new(Ram::reserve(RamLayout::new(mem_mib).unwrap()).unwrap());
+    ram.map().unwrap();
+    let source = Arc::new(Numbered {
+        broken,
+        ..Numbered::default()
+    });
+    let (sender, failures) = channel();
+    let on_failure = Box::new(move |error| sender.send(error).unwrap());
+    let uffd = Uffd::open().unwrap();
+    let lazy =
+        LazyMemory::start(Arc::clone(&ram), uffd, Arc::clone(&source) as Arc<dyn PageSource>, on_failure).unwrap();
+    Lazy {
+        lazy,
+        source,
+        memory: ram.guest_memory().unwrap(),
+        ram,
+        failures,
+    }
+}
+
+fn number_at(memory: &GuestMemory, page: u64) -> u64 {
+    memory.read_obj(GuestAddress(page * PAGE_BYTES)).unwrap()
+}
+
+#[test]
+fn every_page_is_filled_with_its_own_content_when_touched() {
+    let guest = lazy(128, None);
+    for page in [5, 4, 0, 1000, 32_767, 17, 16] {
+        assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
+    }
+    let (faults, _, pages) = guest.lazy.counts();
+    assert_eq!((faults, pages), (4, 64), "one fault per window of 16");
+    let present = guest.ram.present().unwrap();
+    assert_eq!(present.iter().map(|range| range.end - range.start).sum::<u64>(), 64);
+}
+
+#[test]
+fn a_page_is_read_once_however_many_threads_touch_it() {
+    let guest = lazy(128, None);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                for page in 0..2048 {
+                    assert_eq!(number_at(&guest.memory, page), numbered(page));
+                }
+            });
+        }
+    });
+    let mut seen = HashSet::new();
+    for page in guest.source.read.lock().unwrap().iter().flat_map(Clone::clone) {
+        assert!(seen.insert(page), "page {page} was read twice");
+    }
+}
+
+#[test]
+fn a_broken_page_is_reported_and_its_reader_never_goes_on() {
+    let guest = lazy(128, Some(100));
+    let (sender, went_on) = channel();
+    std::thread::scope(|scope| {
+        let memory = &guest.memory;
+        scope.spawn(move || sender.send(number_at(memory, 100)).unwrap());
+        let failure = guest.failures.recv().unwrap();
+        assert!(matches!(
+            failure,
+            FillError::Source {
+                source: PageError::Checksum { page: 100, .. },
+                ..
+            }
+        ));
+        assert!(went_on.try_recv().is_err(), "the reader saw a page that failed its check");
+        // Closing userfaultfd lets the reader end; in production the process ends instead.
+        drop(guest.lazy);
+    });
+}
+
+#[test]
+fn a_prefetched_working_set_raises_no_fault() {
+    let guest = lazy(128, None);
+    let extents: Vec<_> = [0..16, 48..64, 16..48, 5000..5300].into_iter().filter_map(Extent::new).collect();
+    assert_eq!(guest.lazy.prefetch(&extents).unwrap(), 364);
+    for page in (0..64).chain(5000..5300) {
+        assert_eq!(number_at(&guest.memory, page), numbered(page));
+    }
+    assert_eq!(guest.lazy.counts(), (0, 0, 364));
+}
+
+#[test]
+fn a_prefetch_of_a_broken_page_fails() {
+    let guest = lazy(128, Some(7));
+    let extent = Extent::new(0..16).unwrap();
+    assert!(matches!(guest.lazy.prefetch(&[extent]), Err(FillError::Source { .. })));
+}
+
+#[test]
+fn the_working_set_is_what_was_touched_before_the_first_byte() {
+    let guest = lazy(128, None);
+    number_at(&guest.memory, 100);
+    number_at(&guest.memory, 3);
+    let recorded = guest.lazy.first_byte();
+    number_at(&guest.memory, 5000);
+    let expected: Vec<_> = [96..112, 0..16].into_iter().filter_map(Extent::new).collect();
+    assert_eq!(recorded, expected);
+    assert!(guest.lazy.take_recorded().is_empty());
+    assert_eq!(guest.lazy.counts(), (3, 2, 48));
+}
+
+#[test]
+fn a_discarded_page_is_zero_and_never_comes_back_from_the_image() {
+    let guest = lazy(128, None);
+    assert_eq!(number_at(&guest.memory, 33), 33);
+    guest.ram.discard(32 * PAGE_BYTES, 8 * PAGE_BYTES);
+    // Also pages that were never filled.
+    guest.ram.discard(64 * PAGE_BYTES, PAGE_BYTES);
+    for page in 32..40 {
+        assert_eq!(number_at(&guest.memory, page), 0, "page {page}");
+    }
+    assert_eq!(number_at(&guest.memory, 64), 0);
+    assert_eq!((number_at(&guest.memory, 41), number_at(&guest.memory, 65)), (41, 65));
+    guest.memory.write_obj(7u64, GuestAddress(33 * PAGE_BYTES)).unwrap();
+    assert_eq!(number_at(&guest.memory, 33), 7);
+}
+
+#[test]
+fn what_a_guest_gives_back_is_cut_to_whole_pages_of_its_ram() {
+    let guest = lazy(128, None);
+    let end = 128 << 20;
+    for (gpa, len) in [(u64::MAX, 4096), (end, 4096), (end - 4096, 8192), (1, 4096), (4096, 4095), (0, u64::MAX)] {
+        guest.ram.discard(gpa, len);
+    }
+    assert!((0..guest.ram.layout().n_pages()).all(|page| !guest.ram.is_discarded(page)));
+    guest.ram.discard(1, 8191);
+    assert!(guest.ram.is_discarded(1) && !guest.ram.is_discarded(0) && !guest.ram.is_discarded(2));
+}
+
+#[test]
+fn discards_and_faults_at_once_lose_nothing_that_was_kept() {
+    let guest = lazy(128, None);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for page in (1..4096).step_by(2) {
+                guest.ram.discard(page * PAGE_BYTES, PAGE_BYTES);
+            }
+        });
+        for page in (0..4096).step_by(2) {
+            assert_eq!(number_at(&guest.memory, page), numbered(page));
+        }
+    });
+    assert!((1..4096).step_by(2).all(|page| number_at(&guest.memory, page) == 0));
+}
+
+#[test]
+fn memory_of_a_fresh_boot_is_zero_and_absent_until_touched() {
+    let ram = Ram::reserve(RamLayout::new(4096).unwrap()).unwrap();
+    ram.map().unwrap();
+    assert_eq!(ram.present().unwrap(), []);
+    let memory = ram.guest_memory().unwrap();
+    memory.write_obj(1u8, GuestAddress(4 << 30)).unwrap();
+    let mut page = [1; PAGE_SIZE];
+    ram.copy_out((3 << 30) / PAGE_BYTES, &mut page);
+    assert_eq!((page[0], page[1]), (1, 0));
+}
+
+proptest! {
+    #[test]
+    fn a_bitmap_holds_what_was_set_in_it(ranges in prop::collection::vec((0u64..500, 0u64..200), 0..10)) {
+        let bitmap = PageBitmap::new(600);
+        let mut model = HashSet::new();
+        for (start, len) in ranges {
+            bitmap.set(start..start + len);
+            model.extend(start..start + len);
+        }
+        for page in 0..600 {
+            prop_assert_eq!(bitmap.get(page), model.contains(&page));
+        }
+    }
+}
