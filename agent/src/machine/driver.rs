@@ -44,6 +44,8 @@ pub struct Live {
     pub state: Option<State>,
     /// Its last failure, also when the store could not take it.
     pub last_error: Option<LastError>,
+    /// The state is newer than the row, which follows in a moment.
+    pub committing: bool,
 }
 
 /// A machine that a starting torpord found, with what to do about it.
@@ -208,10 +210,20 @@ impl Driver {
             self.hold(execution, None).await;
         }
         self.state = state;
-        self.publish();
+        self.publish(effects);
+        // The caller of a create is registered before anything can fail.
+        if state == State::Creating
+            && let Some(command) = self.commands.recv().await
+        {
+            self.command(command).await;
+            if self.state != State::Creating {
+                return;
+            }
+        }
         for effect in effects {
             self.perform(*effect, None).await;
         }
+        self.show_committed();
         self.settle_and_go_on().await;
     }
 
@@ -305,26 +317,44 @@ impl Driver {
         };
         tracing::debug!(machine_id = %self.id, from = ?self.state, to = ?state, ?event, "transition");
         self.state = state;
-        self.publish();
+        self.publish(effects);
         if state == State::Running {
             self.let_in();
         }
         for effect in effects {
             self.perform(*effect, Some(event)).await;
         }
+        self.show_committed();
         true
     }
 
-    fn publish(&mut self) {
+    fn publish(&mut self, effects: &[Effect]) {
         // The gate stays open in a freeze until requests in flight are out; the operation shuts it then.
         if !matches!(self.state, State::Running | State::Freezing) {
             self.gate.shut();
         }
+        let committing = effects.iter().any(|effect| match effect {
+            Effect::CommitRunning | Effect::CommitPaused | Effect::CommitRefused | Effect::CommitStopped => true,
+            Effect::QuitExecution
+            | Effect::Boot
+            | Effect::Restore
+            | Effect::Freeze
+            | Effect::Persist
+            | Effect::CommitPause
+            | Effect::Run
+            | Effect::Evict
+            | Effect::Delete => false,
+        });
         self.live.send_if_modified(|live| {
-            let changed = live.state != Some(self.state);
+            let changed = live.state != Some(self.state) || live.committing != committing;
             live.state = Some(self.state);
+            live.committing = committing;
             changed
         });
+    }
+
+    fn show_committed(&self) {
+        self.live.send_if_modified(|live| std::mem::take(&mut live.committing));
     }
 
     /// Open the gate, and let in who only waited for that. No commit comes before this.

@@ -301,7 +301,7 @@ impl Fleet {
     pub(super) fn driver(&self, id: &MachineId, entry: Entry) -> Handle {
         self.shared.registry.find_or(id, || {
             let (commands, queue) = mpsc::channel(COMMAND_QUEUE_LEN);
-            let (show, live) = watch::channel(Live { state: None, last_error: None });
+            let (show, live) = watch::channel(Live { state: None, last_error: None, committing: false });
             let gate = Arc::new(Gate::default());
             let task = driver::run(id.clone(), Arc::clone(&self.shared), queue, show, Arc::clone(&gate), entry);
             tokio::spawn(task);

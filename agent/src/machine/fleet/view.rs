@@ -7,8 +7,12 @@ use super::super::state::Committed;
 use super::{Fleet, status_of};
 use crate::store::{MachineRow, ServiceRow};
 use std::collections::BTreeMap;
+use std::time::Duration;
 use torpor_api::http::{Machine, MachineStatus, Service, ServiceKind};
 use torpor_api::{Lease, LeaseMode, MachineId};
+
+/// A read waits this long for the row to follow the machine, and shows what there is after it.
+const LONGEST_COMMIT: Duration = Duration::from_secs(2);
 
 impl Fleet {
     /// The machine as it is now.
@@ -16,7 +20,12 @@ impl Fleet {
     /// # Errors
     /// `machine_not_found`, or the store refuses.
     pub async fn view(&self, id: &MachineId) -> Result<Machine, MachineError> {
-        let handle = self.shared.registry.find(id);
+        let mut handle = self.shared.registry.find(id);
+        if let Some(handle) = handle.as_mut() {
+            // A driver that has left has committed what it had to.
+            let committed = handle.live.wait_for(|live| !live.committing);
+            let _ = tokio::time::timeout(LONGEST_COMMIT, committed).await;
+        }
         let row = self.shared.store.machine(id).await?.ok_or_else(|| MachineError::not_found(id))?;
         Ok(self.show(row, handle.as_ref()))
     }
