@@ -27,7 +27,7 @@ use crate::vmm_client::VmmClientError;
 
 /// Every kernel command line begins with this.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 root=/dev/vda rw init=/usr/local/bin/torpor-guest quiet \
-                       nowatchdog mitigations=off";
+                       nowatchdog mitigations=off pci=off";
 
 /// Descriptors of a machine's files that every start passes on.
 struct OpenFiles {
