@@ -47,7 +47,10 @@ fn routes(fleet: Fleet) -> Router {
         .route("/v1/machines/{id}/resume", post(machines::resume))
         .route("/v1/machines/{id}/lease", get(lease::show).put(lease::set))
         .route("/v1/machines/{id}/wake", patch(lease::patch_wake))
-        .route("/v1/machines/{id}/services", get(services::list).post(services::expose))
+        .route(
+            "/v1/machines/{id}/services",
+            get(services::list).post(services::expose),
+        )
         .route("/v1/machines/{id}/services/{name}", delete(services::unexpose))
         .route("/v1/machines/{id}/exec", post(exec::run))
         .route("/v1/machines/{id}/logs", get(machines::logs))

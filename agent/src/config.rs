@@ -109,7 +109,10 @@ impl Default for Config {
         Self {
             state_dir: "/var/lib/torpor".into(),
             run_dir: "/run/torpor".into(),
-            template_dirs: vec!["/var/lib/torpor/templates".into(), "/usr/share/torpor/templates".into()],
+            template_dirs: vec![
+                "/var/lib/torpor/templates".into(),
+                "/usr/share/torpor/templates".into(),
+            ],
             vmm_path: "/usr/libexec/torpor/torpor-vmm".into(),
             api: ApiConfig::default(),
             proxy: ProxySection::default(),
@@ -130,7 +133,11 @@ impl Default for ApiConfig {
 
 impl Default for ProxySection {
     fn default() -> Self {
-        Self { listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST), http_listen: None, domain: "localhost".to_owned() }
+        Self {
+            listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            http_listen: None,
+            domain: "localhost".to_owned(),
+        }
     }
 }
 
@@ -149,7 +156,11 @@ impl Default for LimitsConfig {
 
 fn optional_address<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<SocketAddr>, D::Error> {
     let text = String::deserialize(from)?;
-    if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(serde::de::Error::custom) }
+    if text.is_empty() {
+        Ok(None)
+    } else {
+        text.parse().map(Some).map_err(serde::de::Error::custom)
+    }
 }
 
 impl Config {
@@ -158,10 +169,14 @@ impl Config {
     /// # Errors
     /// See [`ConfigError`].
     pub fn read(path: &Path) -> Result<Self, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let config: Self =
-            toml::from_str(&text).map_err(|source| ConfigError::Parse { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        let config: Self = toml::from_str(&text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
         config.check()?;
         Ok(config)
     }
@@ -176,13 +191,25 @@ impl Config {
         ];
         for (key, value) in positive {
             if !(1..=u64::from(u32::MAX)).contains(&value) {
-                return Err(ConfigError::Value { key, value: value.to_string(), rule: "has to be 1 or more" });
+                return Err(ConfigError::Value {
+                    key,
+                    value: value.to_string(),
+                    rule: "has to be 1 or more",
+                });
             }
         }
-        for (key, path) in [("state_dir", &self.state_dir), ("run_dir", &self.run_dir), ("vmm_path", &self.vmm_path)] {
+        for (key, path) in [
+            ("state_dir", &self.state_dir),
+            ("run_dir", &self.run_dir),
+            ("vmm_path", &self.vmm_path),
+        ] {
             if !path.is_absolute() {
                 let value = path.display().to_string();
-                return Err(ConfigError::Value { key, value, rule: "has to be an absolute path" });
+                return Err(ConfigError::Value {
+                    key,
+                    value,
+                    rule: "has to be an absolute path",
+                });
             }
         }
         Ok(())
@@ -241,7 +268,13 @@ mod tests {
 
     #[test]
     fn unknown_keys_and_senseless_values_are_refused() {
-        for bad in ["colour = 1", "[api]\nport = 1", "state_dir = 'relative'", "[limits]\nwake_timeout_s = 0", "x"] {
+        for bad in [
+            "colour = 1",
+            "[api]\nport = 1",
+            "state_dir = 'relative'",
+            "[limits]\nwake_timeout_s = 0",
+            "x",
+        ] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("torpord.toml");
             std::fs::write(&path, bad).unwrap();

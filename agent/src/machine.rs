@@ -21,4 +21,4 @@ pub mod simulated;
 pub mod state;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -55,7 +55,10 @@ fn main() -> Result<()> {
         .with_ansi(false)
         .init();
     end_on_panic();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start tokio")?;
     let outcome = runtime.block_on(run(&config));
     // Tasks of machines may wait for VMMs; nobody has to wait for them.
     runtime.shutdown_background();
@@ -77,12 +80,24 @@ async fn run(config: &Config) -> Result<()> {
         std::fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     }
     let _lock = lock(&config.state_dir)?;
-    let token = config.api.tcp_listen.map(|_| Token::read(&config.api.token_file)).transpose()?;
+    let token = config
+        .api
+        .tcp_listen
+        .map(|_| Token::read(&config.api.token_file))
+        .transpose()?;
     let store = Store::open(&config.state_dir.join("torpor.db"))?;
     let platform = Platform::start(config.platform()).await?;
-    let fleet = Fleet::new(store, Arc::clone(&platform) as _, Arc::new(SystemClock), config.fleet());
+    let fleet = Fleet::new(
+        store,
+        Arc::clone(&platform) as _,
+        Arc::new(SystemClock),
+        config.fleet(),
+    );
     let proxy = start_proxy(config, &fleet)?;
-    fleet.recover().await.context("cannot take up the machines of this host")?;
+    fleet
+        .recover()
+        .await
+        .context("cannot take up the machines of this host")?;
     tokio::spawn(leases::run(fleet.clone()));
 
     let ended = CancellationToken::new();
@@ -111,18 +126,32 @@ fn lock(state_dir: &Path) -> Result<Flock<File>> {
 }
 
 fn start_proxy(config: &Config, fleet: &Fleet) -> Result<Arc<Proxy>> {
-    let settings = ProxyConfig { listen_ip: config.proxy.listen_ip, ..ProxyConfig::default() };
+    let settings = ProxyConfig {
+        listen_ip: config.proxy.listen_ip,
+        ..ProxyConfig::default()
+    };
     let proxy = Arc::new(Proxy::new(settings, Arc::new(FleetWaker(fleet.clone()))));
-    fleet.routes().attach(Arc::new(ProxyListeners(Arc::clone(&proxy))));
+    fleet
+        .routes()
+        .attach(Arc::new(ProxyListeners(Arc::clone(&proxy))));
     if let Some(address) = config.proxy.http_listen {
         proxy.serve_host_names(address, &config.proxy.domain)?;
     }
     Ok(proxy)
 }
 
-async fn serve(config: &Config, fleet: &Fleet, token: Option<Token>, ended: &CancellationToken) -> Result<()> {
+async fn serve(
+    config: &Config,
+    fleet: &Fleet,
+    token: Option<Token>,
+    ended: &CancellationToken,
+) -> Result<()> {
     let listener = api::bind_unix(&config.api.unix_socket)?;
-    tokio::spawn(api::serve_unix(listener, api::router(fleet.clone()), ended.clone().cancelled_owned()));
+    tokio::spawn(api::serve_unix(
+        listener,
+        api::router(fleet.clone()),
+        ended.clone().cancelled_owned(),
+    ));
     if let (Some(address), Some(token)) = (config.api.tcp_listen, token) {
         let router = api::router_with_token(fleet.clone(), token);
         api::serve_tcp(address, router, ended.clone().cancelled_owned()).await?;

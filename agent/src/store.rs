@@ -166,7 +166,9 @@ impl Store {
             .map_err(|error| failed(error.into()))?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let reader = Connection::open_with_flags(path, flags).map_err(|error| failed(error.into()))?;
-        reader.busy_timeout(Duration::from_secs(5)).map_err(|error| failed(error.into()))?;
+        reader
+            .busy_timeout(Duration::from_secs(5))
+            .map_err(|error| failed(error.into()))?;
         Ok(Self {
             writer: serve("store-write", writer).map_err(|error| failed(error.into()))?,
             reader: serve("store-read", reader).map_err(|error| failed(error.into()))?,

@@ -4,8 +4,8 @@
 //! passes its gate and nothing else. While a request holds its guard, a pause waits a little for it; a raw TCP
 //! connection holds none, because an open connection is no activity.
 
-use crate::machine::error::MachineError;
 use crate::machine::driver::{WakeReport, Woken};
+use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
 use crate::machine::gate::Epoch;
 use crate::machine::hypervisor::ConnectError;
@@ -16,7 +16,8 @@ use std::time::Duration;
 use torpor_api::http::ServiceKind;
 use torpor_api::{ErrorCode, MachineId};
 use torpor_proxy::{
-    Connected, FirstByteHook, ListenError, Proxy, Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
+    Connected, FirstByteHook, ListenError, Proxy, Target, Transport, Upstream, WakeRefusal, WakeRequest,
+    WakeTrace, Waker,
 };
 
 /// The fleet as the proxy sees it.
@@ -62,7 +63,12 @@ impl FleetWaker {
             Target::HostName { port, machine } => {
                 let id = self.0.resolve(machine).await.map_err(refusal)?;
                 // A host name reaches what is exposed, not whatever listens in the guest.
-                let row = self.0.store().machine(&id).await.map_err(|error| refusal(error.into()))?;
+                let row = self
+                    .0
+                    .store()
+                    .machine(&id)
+                    .await
+                    .map_err(|error| refusal(error.into()))?;
                 let exposed = row.is_some_and(|row| row.services.iter().any(|service| service.port == *port));
                 if !exposed {
                     let message = format!("machine {id} exposes no service on port {port}");
@@ -81,9 +87,15 @@ impl FleetWaker {
         upstream: Upstream,
         awake_at: Duration,
     ) -> Connected {
-        let Woken { pass, report, activity } = woken;
+        let Woken {
+            pass,
+            report,
+            activity,
+        } = woken;
         let epoch = Arc::clone(pass.epoch());
-        let trace = report.as_deref().map(|report| trace(report, awake_at, request.accepted_at.elapsed()));
+        let trace = report
+            .as_deref()
+            .map(|report| trace(report, awake_at, request.accepted_at.elapsed()));
         let on_first_byte = report.map(|_| self.first_byte(machine, &epoch, trace.as_ref()));
         Connected {
             upstream,
@@ -112,13 +124,19 @@ impl FleetWaker {
             epoch.execution.first_byte();
             tokio::spawn(async move {
                 let detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
-                fleet.record_first_byte(&machine, epoch.execution.id(), detail).await;
+                fleet
+                    .record_first_byte(&machine, epoch.execution.id(), detail)
+                    .await;
             });
         })
     }
 }
 
-async fn connect(machine: &MachineId, epoch: &Epoch, port: u16) -> Result<tokio::net::TcpStream, WakeRefusal> {
+async fn connect(
+    machine: &MachineId,
+    epoch: &Epoch,
+    port: u16,
+) -> Result<tokio::net::TcpStream, WakeRefusal> {
     tokio::select! {
         stream = epoch.execution.connect(port) => stream.map_err(|error| match error {
             ConnectError::Refused { .. } | ConnectError::TimedOut { .. } => {
@@ -141,8 +159,14 @@ fn trace(report: &WakeReport, awake_at: Duration, connected_at: Duration) -> Wak
         let us = |from: u64, to: u64| Duration::from_micros(to.saturating_sub(from));
         stages.push(("vmm_ready", us(0, restore.vmm_ready_us)));
         stages.push(("state_loaded", us(0, restore.vmm.state_loaded_us)));
-        stages.push(("memory_ready", us(restore.vmm.state_loaded_us, restore.vmm.memory_ready_us)));
-        stages.push(("vcpus_running", us(restore.vmm.memory_ready_us, restore.vmm.running_us)));
+        stages.push((
+            "memory_ready",
+            us(restore.vmm.state_loaded_us, restore.vmm.memory_ready_us),
+        ));
+        stages.push((
+            "vcpus_running",
+            us(restore.vmm.memory_ready_us, restore.vmm.running_us),
+        ));
         stages.push(("resynced", us(restore.restored_us, restore.resynced_us)));
     }
     stages.push(("wake", awake_at));
@@ -164,12 +188,18 @@ pub struct ProxyListeners(pub Arc<Proxy>);
 #[async_trait]
 impl crate::machine::routes::Listeners for ProxyListeners {
     fn open(&self, listen_port: u16, kind: ServiceKind) -> Result<(), MachineError> {
-        self.0.expose(listen_port, kind).map(drop).map_err(|error: ListenError| {
-            MachineError::new(ErrorCode::CapacityExceeded, crate::machine::error::chain(&error))
-        })
+        self.0
+            .expose(listen_port, kind)
+            .map(drop)
+            .map_err(|error: ListenError| {
+                MachineError::new(ErrorCode::CapacityExceeded, crate::machine::error::chain(&error))
+            })
     }
 
     async fn close(&self, listen_port: u16) {
         self.0.hide(listen_port).await;
     }
 }
+
+#[cfg(test)]
+mod tests;

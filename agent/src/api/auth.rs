@@ -39,18 +39,26 @@ impl Token {
     /// # Errors
     /// There is none.
     pub fn read(path: &Path) -> Result<Self, TokenError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| TokenError::Read { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|source| TokenError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
         let text = text.trim();
         if text.is_empty() {
-            return Err(TokenError::Empty { path: path.to_owned() });
+            return Err(TokenError::Empty {
+                path: path.to_owned(),
+            });
         }
         Ok(Self(digest(text.as_bytes())))
     }
 
     fn is(&self, sent: &[u8]) -> bool {
         let sent = digest(sent);
-        let differing = self.0.iter().zip(sent).fold(0u8, |differing, (ours, theirs)| differing | (ours ^ theirs));
+        let differing = self
+            .0
+            .iter()
+            .zip(sent)
+            .fold(0u8, |differing, (ours, theirs)| differing | (ours ^ theirs));
         std::hint::black_box(differing) == 0
     }
 }
@@ -64,9 +72,14 @@ pub(super) async fn require(State(token): State<Token>, request: Request, next: 
     if request.uri().path() == "/v1/healthz" {
         return next.run(request).await;
     }
-    let sent = request.headers().get(header::AUTHORIZATION).map(|value| value.as_bytes());
+    let sent = request
+        .headers()
+        .get(header::AUTHORIZATION)
+        .map(|value| value.as_bytes());
     match sent.and_then(|value| value.strip_prefix(b"Bearer ")) {
         Some(sent) if token.is(sent) => next.run(request).await,
-        Some(_) | None => Failure::new(ErrorCode::Unauthorized, "no valid bearer token was sent").into_response(),
+        Some(_) | None => {
+            Failure::new(ErrorCode::Unauthorized, "no valid bearer token was sent").into_response()
+        }
     }
 }

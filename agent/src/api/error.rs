@@ -57,7 +57,10 @@ pub(super) async fn no_route(uri: Uri) -> Failure {
 }
 
 pub(super) async fn no_method(method: Method, uri: Uri) -> Failure {
-    Failure::new(ErrorCode::MethodNotAllowed, format!("no method {method} on {}", cut(uri.path())))
+    Failure::new(
+        ErrorCode::MethodNotAllowed,
+        format!("no method {method} on {}", cut(uri.path())),
+    )
 }
 
 /// Hostile text, short enough for a message.

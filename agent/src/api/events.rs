@@ -39,9 +39,18 @@ pub(super) async fn of_host(
 async fn read(fleet: &Fleet, machine: Option<MachineId>, page: &Page) -> Result<Json<EventList>, Failure> {
     let limit = page.limit.unwrap_or(DEFAULT_PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Failure::invalid(format!("limit is {limit}, and has to be 1 to {MAX_PAGE}")));
+        return Err(Failure::invalid(format!(
+            "limit is {limit}, and has to be 1 to {MAX_PAGE}"
+        )));
     }
-    let events = fleet.store().events(EventFilter { machine, after: page.after, limit }).await?;
+    let events = fleet
+        .store()
+        .events(EventFilter {
+            machine,
+            after: page.after,
+            limit,
+        })
+        .await?;
     let next_offset = events.last().map_or(page.after, |event| event.offset);
     Ok(Json(EventList { events, next_offset }))
 }

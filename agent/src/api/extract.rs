@@ -47,7 +47,11 @@ impl<S: Sync, T: DeserializeOwned + Default> FromRequest<S> for OptionalJson<T> 
     type Rejection = Failure;
     async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
         let body = read(request).await?;
-        if body.trim_ascii().is_empty() { Ok(Self(T::default())) } else { parse(&body).map(Self) }
+        if body.trim_ascii().is_empty() {
+            Ok(Self(T::default()))
+        } else {
+            parse(&body).map(Self)
+        }
     }
 }
 
@@ -66,7 +70,11 @@ impl FromRequestParts<Fleet> for Named {
         let Path(names) = Path::<Vec<(String, String)>>::from_request_parts(parts, fleet)
             .await
             .map_err(|error| Failure::invalid(error.body_text()))?;
-        let text = names.into_iter().find(|(key, _)| key == "id").map(|(_, text)| text).unwrap_or_default();
+        let text = names
+            .into_iter()
+            .find(|(key, _)| key == "id")
+            .map(|(_, text)| text)
+            .unwrap_or_default();
         Ok(Self(fleet.resolve(&text).await?))
     }
 }
@@ -74,7 +82,11 @@ impl FromRequestParts<Fleet> for Named {
 async fn read(request: Request) -> Result<Bytes, Failure> {
     let content_type = request.headers().get(header::CONTENT_TYPE);
     let is_json = content_type.is_none_or(|value| {
-        let essence = value.as_bytes().split(|byte| *byte == b';').next().unwrap_or_default();
+        let essence = value
+            .as_bytes()
+            .split(|byte| *byte == b';')
+            .next()
+            .unwrap_or_default();
         essence.trim_ascii().eq_ignore_ascii_case(b"application/json")
     });
     let body = Limited::new(request.into_body(), MOST_DISCARDED).collect().await;
@@ -83,13 +95,18 @@ async fn read(request: Request) -> Result<Bytes, Failure> {
         return Err(too_large());
     }
     if !is_json && !body.is_empty() {
-        return Err(Failure::invalid("the body's content type is not application/json"));
+        return Err(Failure::invalid(
+            "the body's content type is not application/json",
+        ));
     }
     Ok(body)
 }
 
 fn too_large() -> Failure {
-    Failure::new(ErrorCode::BodyTooLarge, format!("the body is larger than {} bytes", limits::MAX_JSON_BODY))
+    Failure::new(
+        ErrorCode::BodyTooLarge,
+        format!("the body is larger than {} bytes", limits::MAX_JSON_BODY),
+    )
 }
 
 /// serde takes an array for a struct; the API does not.

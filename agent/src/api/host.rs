@@ -13,7 +13,9 @@ pub(super) async fn templates(State(fleet): State<Fleet>) -> Json<TemplateList> 
         disk_mib: template.disk_mib,
         description: template.description,
     });
-    Json(TemplateList { templates: templates.collect() })
+    Json(TemplateList {
+        templates: templates.collect(),
+    })
 }
 
 pub(super) async fn health(State(fleet): State<Fleet>) -> Result<Json<Health>, Failure> {

@@ -9,7 +9,10 @@ use axum::extract::State;
 use torpor_api::Lease;
 use torpor_api::http::{Machine, PatchWake, SetLease};
 
-pub(super) async fn show(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Option<Lease>>, Failure> {
+pub(super) async fn show(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+) -> Result<Json<Option<Lease>>, Failure> {
     Ok(Json(fleet.view(&id).await?.lease))
 }
 

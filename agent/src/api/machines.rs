@@ -46,7 +46,9 @@ pub(super) async fn list(
 ) -> Result<Json<MachineList>, Failure> {
     let limit = page.limit.unwrap_or(DEFAULT_PAGE);
     if !(1..=MAX_PAGE).contains(&limit) {
-        return Err(Failure::invalid(format!("limit is {limit}, and has to be 1 to {MAX_PAGE}")));
+        return Err(Failure::invalid(format!(
+            "limit is {limit}, and has to be 1 to {MAX_PAGE}"
+        )));
     }
     // One more than asked for tells whether there is a next page.
     let mut machines = fleet.list(page.after, limit + 1).await?;
@@ -77,14 +79,21 @@ pub(super) async fn create(
 }
 
 fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Idempotency>, Failure> {
-    let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
+    let Some(key) = headers.get("idempotency-key") else {
+        return Ok(None);
+    };
     let key = key.to_str().unwrap_or_default();
     if key.is_empty() || key.len() > MAX_KEY_BYTES {
-        return Err(Failure::invalid(format!("Idempotency-Key is not 1 to {MAX_KEY_BYTES} visible ASCII characters")));
+        return Err(Failure::invalid(format!(
+            "Idempotency-Key is not 1 to {MAX_KEY_BYTES} visible ASCII characters"
+        )));
     }
     let digest: [u8; 32] = Sha256::digest(body).into();
     let body_digest = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(Some(Idempotency { key: key.to_owned(), body_digest }))
+    Ok(Some(Idempotency {
+        key: key.to_owned(),
+        body_digest,
+    }))
 }
 
 /// A client that hangs up must not leave an operation half done.
@@ -126,12 +135,16 @@ pub(super) async fn logs(
 ) -> Result<impl IntoResponse, Failure> {
     let max_bytes = tail.bytes.unwrap_or(DEFAULT_LOG_BYTES);
     if !(1..=MAX_LOG_BYTES).contains(&max_bytes) {
-        return Err(Failure::invalid(format!("bytes is {max_bytes}, and has to be 1 to {MAX_LOG_BYTES}")));
+        return Err(Failure::invalid(format!(
+            "bytes is {max_bytes}, and has to be 1 to {MAX_LOG_BYTES}"
+        )));
     }
     let console = fleet.hypervisor().console_tail(&id, max_bytes).await;
     let console = console.map_err(crate::machine::error::MachineError::from)?;
     // What a guest prints is no page of ours.
-    let headers =
-        [(header::CONTENT_TYPE, "text/plain; charset=utf-8"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    let headers = [
+        (header::CONTENT_TYPE, "text/plain; charset=utf-8"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
     Ok((headers, String::from_utf8_lossy(&console).into_owned()))
 }

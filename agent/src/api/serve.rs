@@ -35,7 +35,10 @@ pub enum ServeError {
 /// # Errors
 /// The directory is missing or the path is no socket.
 pub fn bind_unix(path: &Path) -> Result<UnixListener, ServeError> {
-    let failed = |source| ServeError::Unix { path: path.to_owned(), source };
+    let failed = |source| ServeError::Unix {
+        path: path.to_owned(),
+        source,
+    };
     match std::fs::remove_file(path) {
         Ok(()) => {}
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -47,7 +50,11 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, ServeError> {
 }
 
 /// Serve on the unix socket until `ended`.
-pub async fn serve_unix(listener: UnixListener, router: Router, ended: impl Future<Output = ()> + Send + 'static) {
+pub async fn serve_unix(
+    listener: UnixListener,
+    router: Router,
+    ended: impl Future<Output = ()> + Send + 'static,
+) {
     if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(ended).await {
         tracing::error!(%error, "API on the unix socket ended");
     }

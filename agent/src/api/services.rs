@@ -18,7 +18,9 @@ pub(super) struct ServiceList {
 }
 
 pub(super) async fn list(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<ServiceList>, Failure> {
-    Ok(Json(ServiceList { services: fleet.view(&id).await?.services }))
+    Ok(Json(ServiceList {
+        services: fleet.view(&id).await?.services,
+    }))
 }
 
 pub(super) async fn expose(

@@ -1,1 +1,725 @@
+//! The real router over a real store, real drivers and a simulated host.
 
+use super::*;
+use crate::machine::simulated::{Fault, Point};
+use crate::machine::tests::World;
+use axum::body::Body;
+use axum::http::{Request, Response, StatusCode};
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tower::ServiceExt;
+
+struct Answer {
+    status: StatusCode,
+    headers: axum::http::HeaderMap,
+    body: Value,
+}
+
+async fn read(response: Response<Body>) -> Answer {
+    let (parts, body) = response.into_parts();
+    let bytes = body.collect().await.unwrap().to_bytes();
+    let body = serde_json::from_slice(&bytes)
+        .unwrap_or_else(|_| Value::String(String::from_utf8_lossy(&bytes).into_owned()));
+    Answer {
+        status: parts.status,
+        headers: parts.headers,
+        body,
+    }
+}
+
+async fn send(
+    router: &Router,
+    method: &str,
+    path: &str,
+    body: impl Into<Body>,
+    headers: &[(&str, &str)],
+) -> Answer {
+    let mut request = Request::builder().method(method).uri(path);
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    read(
+        router
+            .clone()
+            .oneshot(request.body(body.into()).unwrap())
+            .await
+            .unwrap(),
+    )
+    .await
+}
+
+async fn call(router: &Router, method: &str, path: &str, body: Value) -> Answer {
+    let body = if body.is_null() {
+        Body::empty()
+    } else {
+        Body::from(body.to_string())
+    };
+    send(router, method, path, body, &[]).await
+}
+
+fn assert_refused(answer: &Answer, status: u16, code: &str, what: &str) {
+    assert_eq!(answer.body["code"], code, "{what}: {}", answer.body);
+    assert_eq!(answer.status, status, "{what}: {}", answer.body);
+    let mut keys: Vec<_> = answer
+        .body
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    keys.sort_unstable();
+    assert_eq!(
+        keys,
+        ["code", "error", "request_id", "retryable", "suggested_action"],
+        "{what}"
+    );
+    assert_eq!(
+        answer.headers["x-request-id"].to_str().unwrap(),
+        answer.body["request_id"].as_str().unwrap()
+    );
+    assert_eq!(answer.headers["content-type"], "application/json", "{what}");
+    assert!(!answer.body["error"].as_str().unwrap().is_empty(), "{what}");
+}
+
+async fn created(router: &Router) -> (String, Value) {
+    let answer = call(router, "POST", "/v1/machines", json!({})).await;
+    assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.body);
+    (answer.body["id"].as_str().unwrap().to_owned(), answer.body)
+}
+
+#[tokio::test]
+async fn a_machine_lives_through_the_api() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let body = json!({ "name": "web", "services": [{ "port": 8080 }], "metadata": { "team": "blue" } });
+    let machine = call(&router, "POST", "/v1/machines", body).await;
+    assert_eq!(machine.status, StatusCode::CREATED, "{}", machine.body);
+    assert_eq!(
+        (&machine.body["status"], &machine.body["name"]),
+        (&json!("running"), &json!("web"))
+    );
+    assert_eq!(machine.body["services"][0]["url"], "http://127.0.0.1:20000");
+    let exec = |program| json!({ "argv": [program] });
+    assert_eq!(
+        call(&router, "POST", "/v1/machines/web/exec", exec("count"))
+            .await
+            .body["stdout"],
+        "1"
+    );
+    let paused = call(&router, "POST", "/v1/machines/web/pause", Value::Null).await;
+    assert_eq!(
+        (paused.status, &paused.body["status"]),
+        (StatusCode::OK, &json!("paused"))
+    );
+    let alias = machine.body["execution_id"].as_str().unwrap();
+    let by_alias = call(&router, "GET", &format!("/v1/machines/{alias}"), Value::Null).await;
+    assert_eq!(
+        (&by_alias.body["id"], &by_alias.body["status"]),
+        (&machine.body["id"], &json!("paused"))
+    );
+    assert_eq!(
+        call(&router, "POST", "/v1/machines/web/exec", exec("count"))
+            .await
+            .body["stdout"],
+        "2"
+    );
+    let resumed = call(&router, "POST", "/v1/machines/web/resume", Value::Null).await;
+    assert_eq!(resumed.body["wakes"], 1);
+    assert_ne!(resumed.body["execution_id"], machine.body["execution_id"]);
+    let events = call(&router, "GET", "/v1/machines/web/events", Value::Null)
+        .await
+        .body;
+    let kinds: Vec<_> = events["events"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|event| event["kind"].clone())
+        .collect();
+    assert_eq!(
+        kinds,
+        [
+            "machine.created",
+            "machine.started",
+            "machine.paused",
+            "machine.woken"
+        ]
+    );
+    assert_eq!(events["events"][3]["detail"]["cause"]["operation"], "exec");
+    assert_eq!(events["events"][3]["detail"]["stages"]["resynced_us"], 1200);
+    assert_eq!(
+        call(&router, "DELETE", "/v1/machines/web", Value::Null)
+            .await
+            .status,
+        StatusCode::NO_CONTENT
+    );
+    let gone = call(&router, "GET", &format!("/v1/machines/{alias}"), Value::Null).await;
+    assert_refused(&gone, 404, "machine_not_found", "alias of a deleted machine");
+}
+
+#[tokio::test]
+async fn bad_creates_are_refused_and_leave_nothing() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let many: Vec<Value> = (1..80).map(|port| json!({ "port": port })).collect();
+    let pairs: serde_json::Map<String, Value> = (0..65).map(|n| (format!("k{n}"), json!("v"))).collect();
+    for (body, code) in [
+        (json!({ "unknown": 1 }), "invalid_request"),
+        (json!({ "vcpus": 0 }), "invalid_request"),
+        (json!({ "vcpus": 9 }), "invalid_request"),
+        (json!({ "vcpus": -1 }), "invalid_request"),
+        (json!({ "vcpus": "two" }), "invalid_request"),
+        (json!({ "mem_mib": 127 }), "invalid_request"),
+        (json!({ "mem_mib": 1u64 << 40 }), "invalid_request"),
+        (json!({ "disk_mib": 1 }), "invalid_request"),
+        (json!({ "name": "../../etc/passwd" }), "invalid_request"),
+        (json!({ "name": "a".repeat(200) }), "invalid_request"),
+        (json!({ "name": "" }), "invalid_request"),
+        (json!({ "template": "no-such" }), "template_not_found"),
+        (json!({ "template": "../base" }), "invalid_request"),
+        (
+            json!({ "lease": { "seconds": -5, "action": "pause" } }),
+            "invalid_request",
+        ),
+        (
+            json!({ "lease": { "seconds": 0, "action": "pause" } }),
+            "invalid_request",
+        ),
+        (
+            json!({ "lease": { "seconds": 10, "action": "explode" } }),
+            "invalid_request",
+        ),
+        (
+            json!({ "lease": { "seconds": 10, "action": "pause", "x": 1 } }),
+            "invalid_request",
+        ),
+        (
+            json!({ "lease": { "seconds": 10, "action": "destroy" }, "wake": { "http": true } }),
+            "auto_resume_needs_pause",
+        ),
+        (json!({ "services": [{ "port": 0 }] }), "invalid_request"),
+        (json!({ "services": [{ "port": 70000 }] }), "invalid_request"),
+        (
+            json!({ "services": [{ "port": 80 }, { "port": 80 }] }),
+            "invalid_request",
+        ),
+        (json!({ "services": many }), "invalid_request"),
+        (
+            json!({ "metadata": { "k": "v".repeat(100_000) } }),
+            "invalid_request",
+        ),
+        (json!({ "metadata": { "": "v" } }), "invalid_request"),
+        (json!({ "metadata": pairs }), "invalid_request"),
+    ] {
+        let answer = call(&router, "POST", "/v1/machines", body.clone()).await;
+        let status = if code == "template_not_found" { 404 } else { 400 };
+        assert_refused(&answer, status, code, &body.to_string());
+    }
+    assert_eq!(
+        call(&router, "GET", "/v1/machines", Value::Null).await.body,
+        json!({ "machines": [] })
+    );
+    assert_eq!(world.host.n_boots(), 0);
+}
+
+#[tokio::test]
+async fn every_bad_request_has_the_one_shape() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let (id, _) = created(&router).await;
+    let machine = format!("/v1/machines/{id}");
+    let large = format!("{{\"metadata\":{{\"a\":\"{}\"}}}}", "x".repeat(2 << 20));
+    let long_argv = json!({ "argv": ["x".repeat(300_000)] }).to_string();
+    let cases: Vec<(&str, String, Vec<u8>, u16, &str)> = vec![
+        (
+            "POST",
+            "/v1/machines".into(),
+            b"{".to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            "/v1/machines".into(),
+            b"[]".to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            "/v1/machines".into(),
+            b"".to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            "/v1/machines".into(),
+            b"\xff\xfe".to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            "/v1/machines".into(),
+            large.into_bytes(),
+            413,
+            "body_too_large",
+        ),
+        (
+            "GET",
+            "/v1/machines/mch_nope".into(),
+            vec![],
+            404,
+            "machine_not_found",
+        ),
+        (
+            "GET",
+            "/v1/machines/..%2f..%2fetc%2fpasswd".into(),
+            vec![],
+            404,
+            "machine_not_found",
+        ),
+        ("GET", "/v1/machines/%ff".into(), vec![], 400, "invalid_request"),
+        (
+            "DELETE",
+            "/v1/machines/%00".into(),
+            vec![],
+            404,
+            "machine_not_found",
+        ),
+        ("GET", "/v1/no/such/route".into(), vec![], 404, "route_not_found"),
+        ("GET", "/".into(), vec![], 404, "route_not_found"),
+        ("PUT", "/v1/machines".into(), vec![], 405, "method_not_allowed"),
+        ("POST", machine.clone(), vec![], 405, "method_not_allowed"),
+        (
+            "GET",
+            "/v1/machines?limit=-1".into(),
+            vec![],
+            400,
+            "invalid_request",
+        ),
+        (
+            "GET",
+            "/v1/machines?limit=0".into(),
+            vec![],
+            400,
+            "invalid_request",
+        ),
+        (
+            "GET",
+            "/v1/machines?limit=1001".into(),
+            vec![],
+            400,
+            "invalid_request",
+        ),
+        (
+            "GET",
+            "/v1/machines?page=1".into(),
+            vec![],
+            400,
+            "invalid_request",
+        ),
+        (
+            "GET",
+            "/v1/machines?after=x".into(),
+            vec![],
+            400,
+            "invalid_request",
+        ),
+        (
+            "GET",
+            "/v1/events?after=-1".into(),
+            vec![],
+            400,
+            "invalid_request",
+        ),
+        (
+            "GET",
+            format!("{machine}/logs?bytes=0"),
+            vec![],
+            400,
+            "invalid_request",
+        ),
+        (
+            "PUT",
+            format!("{machine}/lease"),
+            b"{}x".to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "PUT",
+            format!("{machine}/lease"),
+            br#"{"lease":{"seconds":1e99,"action":"pause"}}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "PUT",
+            format!("{machine}/lease"),
+            br#"{"lease":{"seconds":31622401,"action":"pause"}}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "PUT",
+            format!("{machine}/lease"),
+            br#"{"lease":{"seconds":5,"action":"destroy"}}"#.to_vec(),
+            400,
+            "auto_resume_needs_pause",
+        ),
+        (
+            "PATCH",
+            format!("{machine}/wake"),
+            br#"{"http":1}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/services"),
+            br#"{"port":0}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/services"),
+            br#"{"port":1,"name":"A"}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "DELETE",
+            format!("{machine}/services/no-such"),
+            vec![],
+            404,
+            "service_not_found",
+        ),
+        (
+            "POST",
+            format!("{machine}/pause"),
+            br#"{"x":1}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/resume"),
+            br#"{"from":"moon"}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/resume"),
+            br#"{"from":"disk"}"#.to_vec(),
+            409,
+            "machine_not_ready",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            b"{}".to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            br#"{"argv":["a"],"shell":"b"}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            br#"{"argv":["a"],"bogus":1}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            br#"{"argv":["a\u0000b"]}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            br#"{"argv":["a"],"cwd":"../x"}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            br#"{"argv":["a"],"timeout_ms":0}"#.to_vec(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            long_argv.into_bytes(),
+            400,
+            "invalid_request",
+        ),
+        (
+            "POST",
+            format!("{machine}/exec"),
+            br#"{"argv":["no-such-program"]}"#.to_vec(),
+            502,
+            "exec_failed",
+        ),
+    ];
+    for (method, path, body, status, code) in cases {
+        let what = format!("{method} {path}");
+        assert_refused(
+            &send(&router, method, &path, body, &[]).await,
+            status,
+            code,
+            &what,
+        );
+    }
+    let form = [("content-type", "application/x-www-form-urlencoded")];
+    assert_refused(
+        &send(&router, "POST", "/v1/machines", "{}", &form).await,
+        400,
+        "invalid_request",
+        "form",
+    );
+    let utf8 = [
+        ("content-type", "application/json; charset=utf-8"),
+        ("idempotency-key", ""),
+    ];
+    assert_refused(
+        &send(&router, "POST", "/v1/machines", "{}", &utf8).await,
+        400,
+        "invalid_request",
+        "empty key",
+    );
+    assert_eq!(
+        call(&router, "GET", &machine, Value::Null).await.body["status"],
+        "running"
+    );
+}
+
+#[tokio::test]
+async fn a_wrong_method_is_told_the_right_ones() {
+    let world = World::new();
+    let answer = call(&router(world.fleet.clone()), "PUT", "/v1/machines", Value::Null).await;
+    assert!(
+        answer.headers["allow"].to_str().unwrap().contains("POST"),
+        "{:?}",
+        answer.headers
+    );
+}
+
+#[tokio::test]
+async fn reads_never_wake() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let (id, _) = created(&router).await;
+    call(&router, "POST", &format!("/v1/machines/{id}/pause"), Value::Null).await;
+    for path in ["", "/lease", "/services", "/logs?bytes=1000", "/events"] {
+        let answer = call(&router, "GET", &format!("/v1/machines/{id}{path}"), Value::Null).await;
+        assert_eq!(answer.status, StatusCode::OK, "{path}");
+    }
+    for path in ["/v1/machines", "/v1/events", "/v1/templates"] {
+        assert_eq!(
+            call(&router, "GET", path, Value::Null).await.status,
+            StatusCode::OK,
+            "{path}"
+        );
+    }
+    let health = call(&router, "GET", "/v1/healthz", Value::Null).await.body;
+    assert_eq!(
+        (&health["status"], &health["machines"]["paused"]),
+        (&json!("ok"), &json!(1))
+    );
+    assert_eq!(world.host.n_restores(), 0);
+}
+
+#[tokio::test]
+async fn tcp_needs_the_token_and_an_empty_one_is_none() {
+    let world = World::new();
+    let path = world.directory.path().join("token");
+    std::fs::write(&path, " \n").unwrap();
+    assert!(matches!(Token::read(&path), Err(TokenError::Empty { .. })));
+    std::fs::write(&path, "right\n").unwrap();
+    let router = router_with_token(world.fleet.clone(), Token::read(&path).unwrap());
+    for wrong in [
+        "Bearer wrong",
+        "Bearer ",
+        "Bearer",
+        "Basic right",
+        "right",
+        "bearer right",
+    ] {
+        let answer = send(
+            &router,
+            "GET",
+            "/v1/machines",
+            Body::empty(),
+            &[("authorization", wrong)],
+        )
+        .await;
+        assert_refused(&answer, 401, "unauthorized", wrong);
+    }
+    assert_refused(
+        &call(&router, "GET", "/v1/no/route", Value::Null).await,
+        401,
+        "unauthorized",
+        "no header",
+    );
+    let right = [("authorization", "Bearer right")];
+    assert_eq!(
+        send(&router, "GET", "/v1/machines", Body::empty(), &right)
+            .await
+            .status,
+        StatusCode::OK
+    );
+    assert_eq!(
+        call(&router, "GET", "/v1/healthz", Value::Null).await.status,
+        StatusCode::OK
+    );
+}
+
+#[tokio::test]
+async fn the_same_key_makes_one_machine() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let key = [("idempotency-key", "k1")];
+    let first = send(&router, "POST", "/v1/machines", r#"{"vcpus":1}"#, &key).await;
+    let again = send(&router, "POST", "/v1/machines", r#"{"vcpus":1}"#, &key).await;
+    assert_eq!(
+        (again.status, &again.body["id"]),
+        (StatusCode::CREATED, &first.body["id"])
+    );
+    let other = send(&router, "POST", "/v1/machines", r#"{"vcpus":2}"#, &key).await;
+    assert_refused(&other, 400, "invalid_request", "another body");
+    assert_eq!(world.host.n_boots(), 1);
+}
+
+#[tokio::test]
+async fn failures_of_machines_keep_their_codes() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let (id, _) = created(&router).await;
+    world
+        .host
+        .faults()
+        .at(Point::Persist, Fault::Fail(torpor_api::ErrorCode::DiskFull));
+    let answer = call(&router, "POST", &format!("/v1/machines/{id}/pause"), Value::Null).await;
+    assert_refused(&answer, 507, "disk_full", "pause");
+    let shown = call(&router, "GET", &format!("/v1/machines/{id}"), Value::Null)
+        .await
+        .body;
+    assert_eq!(
+        (&shown["status"], &shown["last_error"]["code"]),
+        (&json!("running"), &json!("disk_full"))
+    );
+    let off = json!({ "http": false, "ssh": false, "tcp": false, "api": false });
+    call(&router, "PATCH", &format!("/v1/machines/{id}/wake"), off).await;
+    call(&router, "POST", &format!("/v1/machines/{id}/pause"), Value::Null).await;
+    let answer = call(
+        &router,
+        "POST",
+        &format!("/v1/machines/{id}/exec"),
+        json!({ "argv": ["count"] }),
+    )
+    .await;
+    assert_refused(&answer, 503, "machine_paused_auto_resume_disabled", "exec");
+    assert_eq!(
+        (&answer.body["retryable"], &answer.headers["retry-after"]),
+        (&json!(false), &"5".parse().unwrap())
+    );
+}
+
+#[tokio::test]
+async fn leases_and_services_are_echoed_whole() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let (id, _) = created(&router).await;
+    let machine = format!("/v1/machines/{id}");
+    assert_eq!(
+        call(&router, "GET", &format!("{machine}/lease"), Value::Null)
+            .await
+            .body,
+        Value::Null
+    );
+    let set = json!({ "lease": { "seconds": 60, "action": "pause", "mode": "sliding" } });
+    let lease = call(&router, "PUT", &format!("{machine}/lease"), set).await.body;
+    assert_eq!(
+        (&lease["remaining_ms"], &lease["mode"]),
+        (&json!(60_000), &json!("sliding"))
+    );
+    assert_eq!(
+        call(
+            &router,
+            "PUT",
+            &format!("{machine}/lease"),
+            json!({ "lease": null })
+        )
+        .await
+        .body,
+        Value::Null
+    );
+    let service = call(
+        &router,
+        "POST",
+        &format!("{machine}/services"),
+        json!({ "port": 22, "kind": "tcp" }),
+    )
+    .await;
+    assert_eq!(
+        (service.status, &service.body["url"]),
+        (StatusCode::CREATED, &json!("tcp://127.0.0.1:20000"))
+    );
+    let taken = json!({ "port": 23, "name": "port-22" });
+    let answer = call(&router, "POST", &format!("{machine}/services"), taken).await;
+    assert_refused(&answer, 409, "name_conflict", "service");
+    let removed = call(
+        &router,
+        "DELETE",
+        &format!("{machine}/services/port-22"),
+        Value::Null,
+    )
+    .await;
+    assert_eq!(removed.status, StatusCode::NO_CONTENT);
+}
+
+#[tokio::test]
+async fn machines_are_listed_in_pages() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let mut ids = Vec::new();
+    for _ in 0..3 {
+        ids.push(json!(created(&router).await.0));
+    }
+    let page = call(&router, "GET", "/v1/machines?limit=2", Value::Null)
+        .await
+        .body;
+    assert_eq!((&page["machines"][1]["id"], &page["next"]), (&ids[1], &ids[1]));
+    let path = format!("/v1/machines?limit=2&after={}", page["next"].as_str().unwrap());
+    let last = call(&router, "GET", &path, Value::Null).await.body;
+    assert_eq!(
+        (&last["machines"][0]["id"], &last["next"]),
+        (&ids[2], &Value::Null)
+    );
+}
+
+#[tokio::test]
+async fn the_unix_socket_is_for_its_owner_alone_and_replaces_a_dead_one() {
+    use std::os::unix::fs::PermissionsExt;
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("api.sock");
+    drop(bind_unix(&path).unwrap());
+    let _listener = bind_unix(&path).unwrap();
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+}

@@ -13,7 +13,9 @@ fn within<T: PartialOrd + Display>(field: &str, value: T, range: &RangeInclusive
         return Ok(());
     }
     let (least, most) = (range.start(), range.end());
-    Err(Failure::invalid(format!("{field} is {value}, and has to be {least} to {most}")))
+    Err(Failure::invalid(format!(
+        "{field} is {value}, and has to be {least} to {most}"
+    )))
 }
 
 pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
@@ -23,7 +25,10 @@ pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
         within("disk_mib", disk_mib, &limits::DISK_MIB)?;
     }
     if body.template.parse::<MachineName>().is_err() {
-        return Err(Failure::invalid(format!("template {:?} is not a name", cut(&body.template))));
+        return Err(Failure::invalid(format!(
+            "template {:?} is not a name",
+            cut(&body.template)
+        )));
     }
     if let Some(lease) = body.lease {
         self::lease(lease)?;
@@ -41,12 +46,18 @@ pub(super) fn lease(lease: LeasePolicy) -> Result<(), Failure> {
 
 fn services(services: &[ServiceSpec]) -> Result<(), Failure> {
     if services.len() > limits::MAX_SERVICES {
-        return Err(Failure::invalid(format!("a machine exposes at most {} services", limits::MAX_SERVICES)));
+        return Err(Failure::invalid(format!(
+            "a machine exposes at most {} services",
+            limits::MAX_SERVICES
+        )));
     }
     let mut names = BTreeSet::new();
     for spec in services {
         service(spec)?;
-        let name = spec.name.as_ref().map_or_else(|| format!("port-{}", spec.port), ToString::to_string);
+        let name = spec
+            .name
+            .as_ref()
+            .map_or_else(|| format!("port-{}", spec.port), ToString::to_string);
         if !names.insert(name.clone()) {
             return Err(Failure::invalid(format!("two services are named {name}")));
         }
@@ -61,14 +72,22 @@ pub(super) fn service(spec: &ServiceSpec) -> Result<(), Failure> {
 fn metadata(metadata: &BTreeMap<String, String>) -> Result<(), Failure> {
     let (most_pairs, most_key, most_value) = limits::MAX_METADATA;
     if metadata.len() > most_pairs {
-        return Err(Failure::invalid(format!("metadata has at most {most_pairs} keys")));
+        return Err(Failure::invalid(format!(
+            "metadata has at most {most_pairs} keys"
+        )));
     }
     for (key, value) in metadata {
         if key.is_empty() || key.len() > most_key {
-            return Err(Failure::invalid(format!("metadata key {:?} is not 1 to {most_key} bytes long", cut(key))));
+            return Err(Failure::invalid(format!(
+                "metadata key {:?} is not 1 to {most_key} bytes long",
+                cut(key)
+            )));
         }
         if value.len() > most_value {
-            return Err(Failure::invalid(format!("metadata.{} is longer than {most_value} bytes", cut(key))));
+            return Err(Failure::invalid(format!(
+                "metadata.{} is longer than {most_value} bytes",
+                cut(key)
+            )));
         }
     }
     Ok(())
@@ -85,17 +104,30 @@ pub(super) fn exec(body: &ExecRequest) -> Result<(), Failure> {
         (Some(_), None) | (None, Some(_)) => {}
     }
     let env = body.env.iter().flat_map(|(key, value)| [key, value]);
-    let texts = || body.argv.iter().chain(&body.shell).chain(&body.cwd).chain(&body.user);
+    let texts = || {
+        body.argv
+            .iter()
+            .chain(&body.shell)
+            .chain(&body.cwd)
+            .chain(&body.user)
+    };
     if texts().chain(env.clone()).any(|text| text.contains('\0')) {
-        return Err(Failure::invalid("a NUL character is in the command, its environment, directory or user"));
+        return Err(Failure::invalid(
+            "a NUL character is in the command, its environment, directory or user",
+        ));
     }
     let len_bytes: usize = texts().chain(env).map(|text| text.len() + 1).sum();
     if len_bytes > limits::MAX_EXEC_BYTES {
         let most = limits::MAX_EXEC_BYTES;
-        return Err(Failure::invalid(format!("command and environment are {len_bytes} bytes, at most {most}")));
+        return Err(Failure::invalid(format!(
+            "command and environment are {len_bytes} bytes, at most {most}"
+        )));
     }
     if let Some(key) = body.env.keys().find(|key| key.is_empty() || key.contains('=')) {
-        return Err(Failure::invalid(format!("env key {:?} is empty or has a '='", cut(key))));
+        return Err(Failure::invalid(format!(
+            "env key {:?} is empty or has a '='",
+            cut(key)
+        )));
     }
     if body.cwd.as_ref().is_some_and(|cwd| !cwd.starts_with('/')) {
         return Err(Failure::invalid("cwd is not an absolute path"));

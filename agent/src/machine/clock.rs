@@ -62,7 +62,8 @@ impl ManualClock {
     /// Move it forward.
     pub fn advance(&self, by: Duration) {
         let by_ms = u64::try_from(by.as_millis()).unwrap_or(u64::MAX);
-        self.now_unix_ms.send_modify(|now| *now = now.saturating_add(by_ms));
+        self.now_unix_ms
+            .send_modify(|now| *now = now.saturating_add(by_ms));
     }
 
     /// Wait until somebody sleeps until exactly this time.
@@ -77,7 +78,9 @@ impl ManualClock {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
-        self.sleepers.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.sleepers
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
 

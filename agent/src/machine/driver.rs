@@ -136,7 +136,9 @@ pub(super) async fn run(
 }
 
 async fn load(id: &MachineId, shared: &Shared) -> Result<Option<Found>, MachineError> {
-    let Some(row) = shared.store.machine(id).await? else { return Ok(None) };
+    let Some(row) = shared.store.machine(id).await? else {
+        return Ok(None);
+    };
     let image = match row.committed {
         Committed::Running => shared.hypervisor.inspect_image(id).await,
         Committed::Creating
@@ -145,17 +147,26 @@ async fn load(id: &MachineId, shared: &Shared) -> Result<Option<Found>, MachineE
         | Committed::Stopped
         | Committed::Deleting => ImageState::None,
     };
-    Ok(Some(Found { row, vmm: None, image }))
+    Ok(Some(Found {
+        row,
+        vmm: None,
+        image,
+    }))
 }
 
 fn recovery_step(found: &Found) -> Step {
     let image = match &found.image {
         ImageState::Valid { generation } if *generation >= found.row.image_generation => Image::Fits,
-        ImageState::Valid { .. } | ImageState::None | ImageState::Stale { .. } | ImageState::Corrupt { .. } => {
-            Image::Unusable
-        }
+        ImageState::Valid { .. }
+        | ImageState::None
+        | ImageState::Stale { .. }
+        | ImageState::Corrupt { .. } => Image::Unusable,
     };
-    state::recover(found.row.committed, found.vmm.as_ref().map(|(_, state)| *state), image)
+    state::recover(
+        found.row.committed,
+        found.vmm.as_ref().map(|(_, state)| *state),
+        image,
+    )
 }
 
 fn refuse(id: &MachineId, shared: &Shared, commands: &mut mpsc::Receiver<Command>, error: &MachineError) {
@@ -260,7 +271,9 @@ impl Driver {
                     Ok(reason) => reason.clone(),
                     Err(_) => None,
                 }
-                .unwrap_or_else(|| ExitReason::Failed { message: "the VMM is gone".to_owned() }),
+                .unwrap_or_else(|| ExitReason::Failed {
+                    message: "the VMM is gone".to_owned(),
+                }),
                 None => std::future::pending().await,
             }
         };
@@ -334,7 +347,9 @@ impl Driver {
             self.gate.shut();
         }
         let committing = effects.iter().any(|effect| match effect {
-            Effect::CommitRunning | Effect::CommitPaused | Effect::CommitRefused | Effect::CommitStopped => true,
+            Effect::CommitRunning | Effect::CommitPaused | Effect::CommitRefused | Effect::CommitStopped => {
+                true
+            }
             Effect::QuitExecution
             | Effect::Boot
             | Effect::Restore
@@ -354,21 +369,25 @@ impl Driver {
     }
 
     fn show_committed(&self) {
-        self.live.send_if_modified(|live| std::mem::take(&mut live.committing));
+        self.live
+            .send_if_modified(|live| std::mem::take(&mut live.committing));
     }
 
     /// Open the gate, and let in who only waited for that. No commit comes before this.
     fn let_in(&mut self) {
         let Some(epoch) = &self.epoch else { return };
         self.gate.open(epoch);
-        self.waiters.let_in(&self.gate, self.shared.clock.now_unix_ms(), self.report.as_ref());
+        self.waiters
+            .let_in(&self.gate, self.shared.clock.now_unix_ms(), self.report.as_ref());
     }
 
     /// Take an execution as the machine's live one.
     async fn hold(&mut self, execution: Arc<dyn Execution>, permit: Option<OwnedSemaphorePermit>) {
         if let Ok(status) = execution.status().await {
             self.persisted = status.persisted;
-            self.image_floor = self.image_floor.max(status.persisted.map_or(0, |stats| stats.generation));
+            self.image_floor = self
+                .image_floor
+                .max(status.persisted.map_or(0, |stats| stats.generation));
         }
         let permit = permit.or_else(|| self.shared.try_admit(self.row.spec.mem_mib));
         self.hold_fresh(execution, permit);

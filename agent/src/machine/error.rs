@@ -20,7 +20,10 @@ impl MachineError {
     /// An error with this code.
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
+        Self {
+            code,
+            message: message.into(),
+        }
     }
 
     /// No machine is known by this text.
@@ -45,13 +48,19 @@ impl MachineError {
 
 impl From<HypervisorError> for MachineError {
     fn from(error: HypervisorError) -> Self {
-        Self { code: error.code, message: chain(&error) }
+        Self {
+            code: error.code,
+            message: chain(&error),
+        }
     }
 }
 
 impl From<StoreError> for MachineError {
     fn from(error: StoreError) -> Self {
-        Self { code: error.code(), message: chain(&error) }
+        Self {
+            code: error.code(),
+            message: chain(&error),
+        }
     }
 }
 

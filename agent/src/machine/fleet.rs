@@ -117,7 +117,12 @@ pub struct Fleet {
 impl Fleet {
     /// The machines of this store, run by this hypervisor. [`Fleet::recover`] comes before anything else.
     #[must_use]
-    pub fn new(store: Store, hypervisor: Arc<dyn Hypervisor>, clock: Arc<dyn Clock>, settings: Settings) -> Self {
+    pub fn new(
+        store: Store,
+        hypervisor: Arc<dyn Hypervisor>,
+        clock: Arc<dyn Clock>,
+        settings: Settings,
+    ) -> Self {
         let permits = usize::try_from(settings.max_running_mem_mib).unwrap_or(usize::MAX);
         Self {
             shared: Arc::new(Shared {
@@ -174,7 +179,11 @@ impl Fleet {
     /// # Errors
     /// `machine_not_found`, or the store refuses.
     pub async fn resolve(&self, text: &str) -> Result<MachineId, MachineError> {
-        self.shared.store.resolve(text).await?.ok_or_else(|| MachineError::not_found(cut(text)))
+        self.shared
+            .store
+            .resolve(text)
+            .await?
+            .ok_or_else(|| MachineError::not_found(cut(text)))
     }
 
     /// Get the guest running for traffic, if its policy lets this traffic do so, within the bounded wait.
@@ -191,17 +200,33 @@ impl Fleet {
             && let Some(pass) = handle.gate.enter(self.now_unix_ms())
         {
             let activity = Arc::clone(handle.gate.activity());
-            return Ok(Woken { pass, report: None, activity });
+            return Ok(Woken {
+                pass,
+                report: None,
+                activity,
+            });
         }
         let (row, live) = self.look(id).await?;
-        let state = live.and_then(|live| live.state).unwrap_or_else(|| row.committed.at_rest());
-        let asleep = !matches!(state, State::Running | State::Creating | State::Starting | State::Waking);
+        let state = live
+            .and_then(|live| live.state)
+            .unwrap_or_else(|| row.committed.at_rest());
+        let asleep = !matches!(
+            state,
+            State::Running | State::Creating | State::Starting | State::Waking
+        );
         if asleep && !source.allowed_by(row.wake) {
-            let message = format!("machine {id} is asleep, and its wake switch for {} is off", source.actor());
+            let message = format!(
+                "machine {id} is asleep, and its wake switch for {} is off",
+                source.actor()
+            );
             return Err(MachineError::new(ErrorCode::AutoResumeDisabled, message));
         }
-        let order = WakeOrder { cause, ..WakeOrder::by(source.actor()) };
-        self.bounded(id, self.send(id, |reply| Command::Wake(order.clone(), reply))).await
+        let order = WakeOrder {
+            cause,
+            ..WakeOrder::by(source.actor())
+        };
+        self.bounded(id, self.send(id, |reply| Command::Wake(order.clone(), reply)))
+            .await
     }
 
     /// Get the machine running because its owner says so; answered when its execution is committed.
@@ -213,8 +238,13 @@ impl Fleet {
             ResumeFrom::Memory => Need::Machine,
             ResumeFrom::Disk => Need::MachineFromDisk,
         };
-        let order = WakeOrder { need, ..WakeOrder::by("api") };
-        self.send(id, |reply| Command::Wake(order.clone(), reply)).await.map(drop)
+        let order = WakeOrder {
+            need,
+            ..WakeOrder::by("api")
+        };
+        self.send(id, |reply| Command::Wake(order.clone(), reply))
+            .await
+            .map(drop)
     }
 
     /// Put the machine to sleep; answered when its image is durable and its VMM is gone.
@@ -238,7 +268,9 @@ impl Fleet {
     /// # Errors
     /// The wake's and the guest's.
     pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, MachineError> {
-        let woken = self.wake(id, WakeSource::Api, serde_json::json!({ "operation": "exec" })).await?;
+        let woken = self
+            .wake(id, WakeSource::Api, serde_json::json!({ "operation": "exec" }))
+            .await?;
         let epoch = Arc::clone(woken.pass.epoch());
         let _at_work = self.shared.registry.find(id).map(|handle| handle.gate.at_work());
         tokio::select! {
@@ -251,7 +283,12 @@ impl Fleet {
     }
 
     /// Write down how long the request that woke the machine waited for its answer.
-    pub async fn record_first_byte(&self, id: &MachineId, execution: &ExecutionId, detail: serde_json::Value) {
+    pub async fn record_first_byte(
+        &self,
+        id: &MachineId,
+        execution: &ExecutionId,
+        detail: serde_json::Value,
+    ) {
         let mut event = self.event(id, "machine.first_byte", "http", detail);
         event.execution = Some(execution.clone());
         if let Err(error) = self.shared.store.append_event(event).await {
@@ -262,7 +299,12 @@ impl Fleet {
     /// The machine's row and what its driver shows, in an order in which neither is older than the call.
     pub(super) async fn look(&self, id: &MachineId) -> Result<(MachineRow, Option<Live>), MachineError> {
         let handle = self.shared.registry.find(id);
-        let row = self.shared.store.machine(id).await?.ok_or_else(|| MachineError::not_found(id))?;
+        let row = self
+            .shared
+            .store
+            .machine(id)
+            .await?
+            .ok_or_else(|| MachineError::not_found(id))?;
         Ok((row, handle.map(|handle| handle.live.borrow().clone())))
     }
 
@@ -301,9 +343,20 @@ impl Fleet {
     pub(super) fn driver(&self, id: &MachineId, entry: Entry) -> Handle {
         self.shared.registry.find_or(id, || {
             let (commands, queue) = mpsc::channel(COMMAND_QUEUE_LEN);
-            let (show, live) = watch::channel(Live { state: None, last_error: None, committing: false });
+            let (show, live) = watch::channel(Live {
+                state: None,
+                last_error: None,
+                committing: false,
+            });
             let gate = Arc::new(Gate::default());
-            let task = driver::run(id.clone(), Arc::clone(&self.shared), queue, show, Arc::clone(&gate), entry);
+            let task = driver::run(
+                id.clone(),
+                Arc::clone(&self.shared),
+                queue,
+                show,
+                Arc::clone(&gate),
+                entry,
+            );
             tokio::spawn(task);
             Handle { commands, live, gate }
         })
@@ -334,5 +387,7 @@ fn cut(text: &str) -> String {
 
 /// What users see of a row and of what its driver shows.
 pub(super) fn status_of(row: &MachineRow, live: Option<&Live>) -> MachineStatus {
-    live.and_then(|live| live.state).unwrap_or_else(|| row.committed.at_rest()).status()
+    live.and_then(|live| live.state)
+        .unwrap_or_else(|| row.committed.at_rest())
+        .status()
 }

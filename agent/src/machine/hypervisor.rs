@@ -144,7 +144,11 @@ impl HypervisorError {
     /// An error without a cause.
     #[must_use]
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), source: None }
+        Self {
+            code,
+            message: message.into(),
+            source: None,
+        }
     }
 
     /// The same error with its cause.

@@ -43,18 +43,31 @@ pub async fn run(fleet: Fleet) {
 async fn claim(fleet: &Fleet, seen_bytes: &mut HashMap<MachineId, u64>) {
     let now = fleet.now_unix_ms();
     let again = now.saturating_add(u64::try_from(RETRY.as_millis()).unwrap_or(u64::MAX));
-    let due = match fleet.shared.store.claim_due_leases(now, again, CLAIMED_AT_ONCE).await {
+    let due = match fleet
+        .shared
+        .store
+        .claim_due_leases(now, again, CLAIMED_AT_ONCE)
+        .await
+    {
         Ok(due) => due,
         Err(error) => {
             tracing::error!(%error, "due leases cannot be claimed");
             // Without this a store that refuses to write would be asked without a pause.
-            fleet.shared.clock.sleep_until_unix_ms(now.saturating_add(1000)).await;
+            fleet
+                .shared
+                .clock
+                .sleep_until_unix_ms(now.saturating_add(1000))
+                .await;
             return;
         }
     };
     for lease in due {
         if let Some(until) = slid_to(fleet, &lease, seen_bytes) {
-            let moved = fleet.shared.store.slide_lease(lease.machine.clone(), lease.deadline_unix_ms, until).await;
+            let moved = fleet
+                .shared
+                .store
+                .slide_lease(lease.machine.clone(), lease.deadline_unix_ms, until)
+                .await;
             if let Err(error) = moved {
                 tracing::warn!(machine_id = %lease.machine, %error, "sliding deadline not moved");
             }
@@ -73,18 +86,27 @@ fn slid_to(fleet: &Fleet, lease: &DueLease, seen_bytes: &mut HashMap<MachineId, 
     let handle = fleet.shared.registry.find(&lease.machine)?;
     let window = lease.policy.seconds.saturating_mul(1000);
     let activity = handle.gate.activity();
-    let bytes = activity.to_guest_bytes().saturating_add(activity.from_guest_bytes());
+    let bytes = activity
+        .to_guest_bytes()
+        .saturating_add(activity.from_guest_bytes());
     // Payload on an open connection counts, the open connection does not. When it passed is not known, only
     // that it did since the last look, so it counts as if it were now.
     let before = seen_bytes.insert(lease.machine.clone(), bytes).unwrap_or(0);
     let in_use = bytes != before || handle.gate.is_at_work();
-    let used_unix_ms = if in_use { fleet.now_unix_ms() } else { handle.gate.last_entered_unix_ms() };
+    let used_unix_ms = if in_use {
+        fleet.now_unix_ms()
+    } else {
+        handle.gate.last_entered_unix_ms()
+    };
     let until = used_unix_ms.saturating_add(window);
     (until > fleet.now_unix_ms()).then_some(until)
 }
 
 async fn carry_out(fleet: Fleet, lease: DueLease) {
-    let order = PauseOrder { actor: "lease", only_if_deadline_unix_ms: Some(lease.deadline_unix_ms) };
+    let order = PauseOrder {
+        actor: "lease",
+        only_if_deadline_unix_ms: Some(lease.deadline_unix_ms),
+    };
     let outcome = match lease.policy.action {
         LeaseAction::Pause => fleet.pause(&lease.machine, order).await,
         LeaseAction::Destroy => fleet.delete(&lease.machine, order).await,
@@ -92,7 +114,12 @@ async fn carry_out(fleet: Fleet, lease: DueLease) {
     match outcome {
         Ok(()) => {}
         // Overtaken by a wake, or moved, or gone: as it should be.
-        Err(error) if matches!(error.code, ErrorCode::TransitionInProgress | ErrorCode::MachineNotFound) => {
+        Err(error)
+            if matches!(
+                error.code,
+                ErrorCode::TransitionInProgress | ErrorCode::MachineNotFound
+            ) =>
+        {
             tracing::debug!(machine_id = %lease.machine, %error, "lease not carried out");
         }
         Err(error) => {

@@ -46,7 +46,9 @@ impl Fleet {
 
     async fn take_up(&self, row: MachineRow, mut vmms: Vec<Adopted>) {
         // Two VMMs of one machine cannot be; should they, the committed one is it.
-        let live = vmms.iter().position(|vmm| Some(vmm.execution.id()) == row.execution.as_ref());
+        let live = vmms
+            .iter()
+            .position(|vmm| Some(vmm.execution.id()) == row.execution.as_ref());
         let kept = match (live, vmms.is_empty()) {
             (_, true) => None,
             (Some(place), false) => Some(vmms.swap_remove(place)),

@@ -65,7 +65,10 @@ impl Registry {
     /// Every handle.
     #[must_use]
     pub fn all(&self) -> Vec<(MachineId, Handle)> {
-        self.lock().iter().map(|(id, handle)| (id.clone(), handle.clone())).collect()
+        self.lock()
+            .iter()
+            .map(|(id, handle)| (id.clone(), handle.clone()))
+            .collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<MachineId, Handle>> {

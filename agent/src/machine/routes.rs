@@ -55,12 +55,19 @@ impl Routes {
     /// Where a port leads.
     #[must_use]
     pub fn find(&self, listen_port: u16) -> Option<ServiceRoute> {
-        self.by_port.read().unwrap_or_else(PoisonError::into_inner).get(&listen_port).cloned()
+        self.by_port
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&listen_port)
+            .cloned()
     }
 
     /// Take a route away and stop listening.
     pub async fn close(&self, listen_port: u16) {
-        self.by_port.write().unwrap_or_else(PoisonError::into_inner).remove(&listen_port);
+        self.by_port
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&listen_port);
         if let Some(listeners) = self.listeners.get() {
             listeners.close(listen_port).await;
         }

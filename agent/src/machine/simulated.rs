@@ -94,7 +94,12 @@ impl SimulatedHost {
     #[must_use]
     pub fn live(&self, machine: &MachineId) -> Vec<Arc<SimulatedExecution>> {
         let inner = self.lock();
-        inner.live.values().filter(|execution| execution.machine() == machine).cloned().collect()
+        inner
+            .live
+            .values()
+            .filter(|execution| execution.machine() == machine)
+            .cloned()
+            .collect()
     }
 
     /// Machines that have a directory.
@@ -111,7 +116,12 @@ impl SimulatedHost {
 
     /// Flip a bit of the machine's image.
     pub fn damage_image(&self, machine: &MachineId) {
-        if let Some(image) = self.lock().files.get_mut(machine).and_then(|files| files.image.as_mut()) {
+        if let Some(image) = self
+            .lock()
+            .files
+            .get_mut(machine)
+            .and_then(|files| files.image.as_mut())
+        {
             image.corrupt = true;
         }
     }
@@ -158,7 +168,14 @@ impl Hypervisor for SimulatedHypervisor {
             files.disk_generation
         };
         self.0.faults.reach(Point::Boot).await?;
-        Ok(self.0.start(&machine.id, execution, Memory { counter: 0, disk_generation }))
+        Ok(self.0.start(
+            &machine.id,
+            execution,
+            Memory {
+                counter: 0,
+                disk_generation,
+            },
+        ))
     }
 
     async fn restore(
@@ -175,7 +192,9 @@ impl Hypervisor for SimulatedHypervisor {
                 let message = format!("cannot restore {}: {what}", machine.id);
                 Err(HypervisorError::new(ErrorCode::ImageCorrupt, message))
             };
-            let Some(files) = inner.files.get(&machine.id) else { return corrupt("no files") };
+            let Some(files) = inner.files.get(&machine.id) else {
+                return corrupt("no files");
+            };
             match &files.image {
                 None => return corrupt("no image"),
                 Some(image) if image.corrupt => return corrupt("a checksum is wrong"),
@@ -190,7 +209,12 @@ impl Hypervisor for SimulatedHypervisor {
             vmm_ready_us: 100,
             restored_us: 900,
             resynced_us: 1200,
-            vmm: RestoreTrace { state_loaded_us: 300, memory_ready_us: 600, running_us: 800, prefetched_pages: 7 },
+            vmm: RestoreTrace {
+                state_loaded_us: 300,
+                memory_ready_us: 600,
+                running_us: 800,
+                prefetched_pages: 7,
+            },
         };
         Ok((self.0.start(&machine.id, execution, memory), stages))
     }
@@ -209,22 +233,34 @@ impl Hypervisor for SimulatedHypervisor {
 
     async fn inspect_image(&self, machine: &MachineId) -> ImageState {
         let inner = self.0.lock();
-        let Some(files) = inner.files.get(machine) else { return ImageState::None };
+        let Some(files) = inner.files.get(machine) else {
+            return ImageState::None;
+        };
         match &files.image {
             None => ImageState::None,
-            Some(image) if image.corrupt => ImageState::Corrupt { message: "a checksum is wrong".to_owned() },
-            Some(image) if image.memory.disk_generation != files.disk_generation => {
-                ImageState::Stale { generation: image.generation }
-            }
-            Some(image) => ImageState::Valid { generation: image.generation },
+            Some(image) if image.corrupt => ImageState::Corrupt {
+                message: "a checksum is wrong".to_owned(),
+            },
+            Some(image) if image.memory.disk_generation != files.disk_generation => ImageState::Stale {
+                generation: image.generation,
+            },
+            Some(image) => ImageState::Valid {
+                generation: image.generation,
+            },
         }
     }
 
     async fn delete_files(&self, machine: &MachineId) -> Result<(), HypervisorError> {
         self.0.faults.reach(Point::DeleteFiles).await?;
         let mut inner = self.0.lock();
-        if inner.live.values().any(|execution| execution.machine() == machine) {
-            inner.violations.push(format!("files of {machine} were deleted under a live execution"));
+        if inner
+            .live
+            .values()
+            .any(|execution| execution.machine() == machine)
+        {
+            inner
+                .violations
+                .push(format!("files of {machine} were deleted under a live execution"));
         }
         inner.files.remove(machine);
         Ok(())
@@ -237,7 +273,10 @@ impl Hypervisor for SimulatedHypervisor {
     }
 
     async fn template(&self, name: &str) -> Option<TemplateInfo> {
-        self.templates().await.into_iter().find(|template| template.name == name)
+        self.templates()
+            .await
+            .into_iter()
+            .find(|template| template.name == name)
     }
 
     async fn templates(&self) -> Vec<TemplateInfo> {

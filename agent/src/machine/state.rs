@@ -179,10 +179,9 @@ pub fn next(state: State, event: Event) -> Result<Step, Denied> {
             | State::Stopped
             | State::Deleting => Ok((State::Deleting, &[Effect::Delete])),
         },
-        Booted | BootFailed | Restored | RestoreFailed | RestoreRefused | Frozen | FreezeFailed | Persisted
-        | PersistFailed | PauseCommitted | PauseNotCommitted | Ran | Evicted | Deleted | DeleteFailed => {
-            outcome(state, event)
-        }
+        Booted | BootFailed | Restored | RestoreFailed | RestoreRefused | Frozen | FreezeFailed
+        | Persisted | PersistFailed | PauseCommitted | PauseNotCommitted | Ran | Evicted | Deleted
+        | DeleteFailed => outcome(state, event),
         ShutDown => ended(state, (State::Stopped, &[Effect::CommitStopped])),
         Rebooted => ended(state, (State::Starting, &[Effect::Boot])),
         LostImageKept => ended(state, (State::Paused, &[Effect::CommitPaused])),
@@ -194,7 +193,9 @@ fn wake(state: State) -> Result<Step, Denied> {
     match state {
         // Already there or on the way: the caller joins whoever waits. An eviction takes milliseconds, and the
         // image is complete; the driver wakes it again right after.
-        State::Running | State::Creating | State::Starting | State::Waking | State::Evicting => Ok((state, &[])),
+        State::Running | State::Creating | State::Starting | State::Waking | State::Evicting => {
+            Ok((state, &[]))
+        }
         State::Freezing | State::Persisting | State::Durable => Ok((State::Waking, &[Effect::Run])),
         State::Paused => Ok((State::Waking, &[Effect::Restore])),
         State::Stopped => Ok((State::Starting, &[Effect::Boot])),
@@ -237,9 +238,14 @@ fn pause(state: State) -> Result<Step, Denied> {
 fn outcome(state: State, event: Event) -> Result<Step, Denied> {
     use Effect as E;
     let (awaited_in, step): (&[State], Step) = match event {
-        Event::Booted => (&[State::Creating, State::Starting], (State::Running, &[E::CommitRunning])),
+        Event::Booted => (
+            &[State::Creating, State::Starting],
+            (State::Running, &[E::CommitRunning]),
+        ),
         // Nobody was told of a machine that is being created, so nothing of it stays.
-        Event::BootFailed if state == State::Creating => (&[State::Creating], (State::Deleting, &[E::Delete])),
+        Event::BootFailed if state == State::Creating => {
+            (&[State::Creating], (State::Deleting, &[E::Delete]))
+        }
         Event::BootFailed => (&[State::Starting], (State::Stopped, &[E::CommitStopped])),
         Event::Restored | Event::Ran => (&[State::Waking], (State::Running, &[E::CommitRunning])),
         Event::RestoreFailed => (&[State::Waking], (State::Paused, &[])),
@@ -264,7 +270,11 @@ fn outcome(state: State, event: Event) -> Result<Step, Denied> {
         | Event::LostImageKept
         | Event::LostImageGone => (&[], (state, &[])),
     };
-    if awaited_in.contains(&state) { Ok(step) } else { Err(Denied::OutOfTurn) }
+    if awaited_in.contains(&state) {
+        Ok(step)
+    } else {
+        Err(Denied::OutOfTurn)
+    }
 }
 
 /// The guest or its VMM ended by itself.
@@ -302,8 +312,14 @@ pub enum Committed {
 
 impl Committed {
     /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Creating, Self::Running, Self::Paused, Self::Refused, Self::Stopped, Self::Deleting];
+    pub const ALL: [Self; 6] = [
+        Self::Creating,
+        Self::Running,
+        Self::Paused,
+        Self::Refused,
+        Self::Stopped,
+        Self::Deleting,
+    ];
 
     /// As it stands in the row.
     #[must_use]
@@ -355,7 +371,9 @@ pub fn recover(row: Committed, vmm: Option<VmmState>, image: Image) -> Step {
             (State::Waking, &[Effect::Run])
         }
         (_, Some(VmmState::Blank | VmmState::Exited)) => match (row, image) {
-            (Committed::Running, Image::Fits) => (State::Paused, &[Effect::QuitExecution, Effect::CommitPaused]),
+            (Committed::Running, Image::Fits) => {
+                (State::Paused, &[Effect::QuitExecution, Effect::CommitPaused])
+            }
             (Committed::Running, Image::Unusable) => {
                 (State::Stopped, &[Effect::QuitExecution, Effect::CommitStopped])
             }

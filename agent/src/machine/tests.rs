@@ -38,7 +38,13 @@ impl World {
         let clock = Arc::new(ManualClock::at(START_UNIX_MS));
         let directory = tempfile::tempdir().unwrap();
         let fleet = torpord(&host, &clock, &directory, &settings);
-        Self { host, clock, fleet, directory, settings }
+        Self {
+            host,
+            clock,
+            fleet,
+            directory,
+            settings,
+        }
     }
 
     /// torpord is killed and started again: nothing that it held in memory is left.
@@ -53,7 +59,12 @@ impl World {
 
     pub(crate) async fn create_from(&self, body: serde_json::Value) -> Result<MachineId, MachineError> {
         let body: CreateMachine = serde_json::from_value(body).unwrap();
-        self.fleet.create(CreateOrder { body, idempotency: None }).await
+        self.fleet
+            .create(CreateOrder {
+                body,
+                idempotency: None,
+            })
+            .await
     }
 
     pub(crate) async fn pause(&self, id: &MachineId) -> Result<(), MachineError> {
@@ -70,12 +81,21 @@ impl World {
 
     /// A request: wakes if need be, and is over at once.
     pub(crate) async fn touch(&self, id: &MachineId) -> Result<(), MachineError> {
-        self.fleet.wake(id, WakeSource::Http, serde_json::Value::Null).await.map(drop)
+        self.fleet
+            .wake(id, WakeSource::Http, serde_json::Value::Null)
+            .await
+            .map(drop)
     }
 
     pub(crate) async fn exec(&self, id: &MachineId, program: &str) -> Result<u64, MachineError> {
-        let request = ExecRequest { argv: vec![program.to_owned()], ..ExecRequest::default() };
-        self.fleet.exec(id, request).await.map(|result| result.stdout.parse().unwrap())
+        let request = ExecRequest {
+            argv: vec![program.to_owned()],
+            ..ExecRequest::default()
+        };
+        self.fleet
+            .exec(id, request)
+            .await
+            .map(|result| result.stdout.parse().unwrap())
     }
 
     pub(crate) async fn view(&self, id: &MachineId) -> Machine {
@@ -99,16 +119,36 @@ impl World {
     }
 
     pub(crate) async fn events(&self, id: &MachineId) -> Vec<String> {
-        let filter = EventFilter { machine: Some(id.clone()), after: 0, limit: 1000 };
-        self.fleet.store().events(filter).await.unwrap().into_iter().map(|event| event.kind).collect()
+        let filter = EventFilter {
+            machine: Some(id.clone()),
+            after: 0,
+            limit: 1000,
+        };
+        self.fleet
+            .store()
+            .events(filter)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|event| event.kind)
+            .collect()
     }
 
     pub(crate) async fn count(&self, id: &MachineId, kind: &str) -> usize {
-        self.events(id).await.iter().filter(|event| *event == kind).count()
+        self.events(id)
+            .await
+            .iter()
+            .filter(|event| *event == kind)
+            .count()
     }
 }
 
-fn torpord(host: &Arc<SimulatedHost>, clock: &Arc<ManualClock>, directory: &TempDir, settings: &Settings) -> Fleet {
+fn torpord(
+    host: &Arc<SimulatedHost>,
+    clock: &Arc<ManualClock>,
+    directory: &TempDir,
+    settings: &Settings,
+) -> Fleet {
     let store = Store::open(&directory.path().join("torpor.db")).unwrap();
     let hypervisor = Arc::new(SimulatedHypervisor(Arc::clone(host)));
     Fleet::new(store, hypervisor, Arc::clone(clock) as _, settings.clone())

@@ -59,7 +59,10 @@ pub(super) fn insert(connection: &Connection, event: &NewEvent) -> Result<(), St
     let offset = connection.last_insert_rowid();
     if offset % TRIM_EVERY == 0 {
         connection
-            .execute("DELETE FROM events WHERE offset <= ?1 - ?2", params![offset, KEPT_EVENTS])
+            .execute(
+                "DELETE FROM events WHERE offset <= ?1 - ?2",
+                params![offset, KEPT_EVENTS],
+            )
             .map_err(&operation)?;
     }
     Ok(())
@@ -82,14 +85,18 @@ impl Store {
         self.read("read events", move |tx| {
             let operation = sql("read events");
             let text = match &filter.machine {
-                Some(_) => "SELECT * FROM events WHERE offset > ?1 AND machine_id = ?3 ORDER BY offset LIMIT ?2",
+                Some(_) => {
+                    "SELECT * FROM events WHERE offset > ?1 AND machine_id = ?3 ORDER BY offset LIMIT ?2"
+                }
                 None => "SELECT * FROM events WHERE offset > ?1 AND ?3 IS NULL ORDER BY offset LIMIT ?2",
             };
             let mut statement = tx.prepare_cached(text).map_err(&operation)?;
             // An offset past SQLite's integers is past every row.
             let after = i64::try_from(filter.after).unwrap_or(i64::MAX);
             let machine = filter.machine.as_ref().map(MachineId::as_str);
-            let mut rows = statement.query(params![after, filter.limit, machine]).map_err(&operation)?;
+            let mut rows = statement
+                .query(params![after, filter.limit, machine])
+                .map_err(&operation)?;
             let mut events = Vec::new();
             while let Some(row) = rows.next().map_err(&operation)? {
                 events.push(decode(row)?);

@@ -71,13 +71,22 @@ impl Store {
     /// The name is taken, the key was used with another body, or no port is free.
     pub async fn create_machine(&self, new: NewMachine) -> Result<Created, StoreError> {
         self.write("create a machine", move |tx| {
-            if let Some(before) = new.idempotency.as_ref().map(|key| used_before(tx, key)).transpose()?.flatten() {
+            if let Some(before) = new
+                .idempotency
+                .as_ref()
+                .map(|key| used_before(tx, key))
+                .transpose()?
+                .flatten()
+            {
                 return Ok(Created::Before(before));
             }
             insert_machine(tx, &new)?;
             let id = &new.spec.id;
-            tx.execute("INSERT INTO aliases (alias, machine_id) VALUES (?1, ?1)", [id.as_str()])
-                .map_err(sql("create a machine"))?;
+            tx.execute(
+                "INSERT INTO aliases (alias, machine_id) VALUES (?1, ?1)",
+                [id.as_str()],
+            )
+            .map_err(sql("create a machine"))?;
             if let Some(key) = &new.idempotency {
                 tx.execute(
                     "INSERT INTO idempotency_keys (key, body_digest, machine_id) VALUES (?1, ?2, ?3)",
@@ -100,7 +109,8 @@ impl Store {
     /// SQLite refuses, or the row cannot be decoded.
     pub async fn machine(&self, id: &MachineId) -> Result<Option<MachineRow>, StoreError> {
         let id = id.clone();
-        self.read("read a machine", move |tx| rows::machine(tx, &id)).await
+        self.read("read a machine", move |tx| rows::machine(tx, &id))
+            .await
     }
 
     /// The machine that has this ID, had this execution or has this name.
@@ -132,13 +142,17 @@ impl Store {
             let after_seq: i64 = match &after {
                 None => 0,
                 Some(id) => tx
-                    .query_row("SELECT seq FROM machines WHERE id = ?1", [id.as_str()], |row| row.get(0))
+                    .query_row("SELECT seq FROM machines WHERE id = ?1", [id.as_str()], |row| {
+                        row.get(0)
+                    })
                     .optional()
                     .map_err(&operation)?
                     .ok_or_else(|| StoreError::NoMachine { id: id.to_string() })?,
             };
-            let query =
-                format!("SELECT {} FROM machines WHERE seq > ?1 ORDER BY seq LIMIT ?2", rows::MACHINE_COLUMNS);
+            let query = format!(
+                "SELECT {} FROM machines WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+                rows::MACHINE_COLUMNS
+            );
             collect(tx, &query, params![after_seq, limit])
         })
         .await
@@ -166,9 +180,12 @@ impl Store {
     pub async fn counts(&self) -> Result<BTreeMap<String, u64>, StoreError> {
         self.read("count machines", |tx| {
             let operation = sql("count machines");
-            let mut statement =
-                tx.prepare_cached("SELECT state, count(*) FROM machines GROUP BY state").map_err(&operation)?;
-            let counts = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).map_err(&operation)?;
+            let mut statement = tx
+                .prepare_cached("SELECT state, count(*) FROM machines GROUP BY state")
+                .map_err(&operation)?;
+            let counts = statement
+                .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+                .map_err(&operation)?;
             counts.collect::<Result<_, _>>().map_err(&operation)
         })
         .await
@@ -185,8 +202,11 @@ impl Store {
         event: NewEvent,
     ) -> Result<MachineRow, StoreError> {
         self.write("set a lease", move |tx| {
-            let deadline =
-                lease.map(|lease| event.at_unix_ms.saturating_add(lease.seconds.saturating_mul(1000)));
+            let deadline = lease.map(|lease| {
+                event
+                    .at_unix_ms
+                    .saturating_add(lease.seconds.saturating_mul(1000))
+            });
             tx.execute(
                 "UPDATE machines SET lease_seconds = ?2, lease_action = ?3, lease_mode = ?4, \
                  deadline_unix_ms = iif(state = 'running', ?5, NULL), \
@@ -238,7 +258,11 @@ impl Store {
             let removed = tx
                 .execute("DELETE FROM machines WHERE id = ?1", [id.as_str()])
                 .map_err(sql("remove a machine"))?;
-            if removed == 1 { events::insert(tx, &event) } else { Ok(()) }
+            if removed == 1 {
+                events::insert(tx, &event)
+            } else {
+                Ok(())
+            }
         })
         .await
     }
@@ -300,7 +324,12 @@ impl Store {
     ///
     /// # Errors
     /// SQLite refuses.
-    pub async fn slide_lease(&self, id: MachineId, from_unix_ms: u64, to_unix_ms: u64) -> Result<(), StoreError> {
+    pub async fn slide_lease(
+        &self,
+        id: MachineId,
+        from_unix_ms: u64,
+        to_unix_ms: u64,
+    ) -> Result<(), StoreError> {
         self.write("slide a lease", move |tx| {
             tx.execute(
                 "UPDATE machines SET deadline_unix_ms = ?3, lease_check_unix_ms = ?3 \
@@ -326,7 +355,10 @@ fn collect(
     while let Some(row) = found.next().map_err(&operation)? {
         machines.push(rows::decode_machine(row)?);
     }
-    machines.into_iter().map(|row| rows::with_services(connection, row)).collect()
+    machines
+        .into_iter()
+        .map(|row| rows::with_services(connection, row))
+        .collect()
 }
 
 fn existing(connection: &Connection, id: &MachineId) -> Result<MachineRow, StoreError> {
@@ -335,9 +367,11 @@ fn existing(connection: &Connection, id: &MachineId) -> Result<MachineRow, Store
 
 fn used_before(connection: &Connection, key: &Idempotency) -> Result<Option<MachineId>, StoreError> {
     let found: Option<(String, String)> = connection
-        .query_row("SELECT body_digest, machine_id FROM idempotency_keys WHERE key = ?1", [&key.key], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })
+        .query_row(
+            "SELECT body_digest, machine_id FROM idempotency_keys WHERE key = ?1",
+            [&key.key],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )
         .optional()
         .map_err(sql("look up an Idempotency-Key"))?;
     match found {
@@ -373,10 +407,13 @@ fn insert_machine(connection: &Connection, new: &NewMachine) -> Result<(), Store
     );
     match inserted {
         Ok(_) => Ok(()),
-        Err(error) if violates_unique_name(&error) => {
-            Err(StoreError::NameTaken { name: new.name.as_ref().map(ToString::to_string).unwrap_or_default() })
-        }
-        Err(source) => Err(StoreError::Sql { operation: "create a machine", source }),
+        Err(error) if violates_unique_name(&error) => Err(StoreError::NameTaken {
+            name: new.name.as_ref().map(ToString::to_string).unwrap_or_default(),
+        }),
+        Err(source) => Err(StoreError::Sql {
+            operation: "create a machine",
+            source,
+        }),
     }
 }
 

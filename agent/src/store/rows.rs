@@ -78,9 +78,13 @@ pub(super) fn machine(connection: &Connection, id: &MachineId) -> Result<Option<
 pub(super) fn with_services(connection: &Connection, mut row: MachineRow) -> Result<MachineRow, StoreError> {
     let operation = sql("read services");
     let mut statement = connection
-        .prepare_cached("SELECT name, port, kind, listen_port FROM services WHERE machine_id = ?1 ORDER BY name")
+        .prepare_cached(
+            "SELECT name, port, kind, listen_port FROM services WHERE machine_id = ?1 ORDER BY name",
+        )
         .map_err(&operation)?;
-    let mut found = statement.query(params![row.spec.id.as_str()]).map_err(&operation)?;
+    let mut found = statement
+        .query(params![row.spec.id.as_str()])
+        .map_err(&operation)?;
     while let Some(service) = found.next().map_err(&operation)? {
         row.services.push(decode_service(service)?);
     }
@@ -137,10 +141,16 @@ pub(super) fn decode_machine(row: &Row<'_>) -> Result<MachineRow, StoreError> {
 }
 
 fn decode_lease(row: &Row<'_>) -> Result<Option<LeasePolicy>, StoreError> {
-    let Some(seconds) = get::<Option<u64>>(row, "lease_seconds")? else { return Ok(None) };
+    let Some(seconds) = get::<Option<u64>>(row, "lease_seconds")? else {
+        return Ok(None);
+    };
     let action: String = get::<Option<String>>(row, "lease_action")?.unwrap_or_default();
     let mode: String = get::<Option<String>>(row, "lease_mode")?.unwrap_or_default();
-    Ok(Some(LeasePolicy { seconds, action: lease_action(&action)?, mode: lease_mode(&mode)? }))
+    Ok(Some(LeasePolicy {
+        seconds,
+        action: lease_action(&action)?,
+        mode: lease_mode(&mode)?,
+    }))
 }
 
 pub(super) fn lease_action(text: &str) -> Result<LeaseAction, StoreError> {
@@ -205,5 +215,9 @@ fn decode_json<T: serde::de::DeserializeOwned>(text: &str, column: &'static str)
 }
 
 fn bad(table: &'static str, column: &'static str, value: &str) -> StoreError {
-    StoreError::BadRow { table, column, value: value.chars().take(64).collect() }
+    StoreError::BadRow {
+        table,
+        column,
+        value: value.chars().take(64).collect(),
+    }
 }

@@ -24,10 +24,16 @@ pub struct ServiceRoute {
 }
 
 pub(super) fn service_name(spec: &ServiceSpec) -> String {
-    spec.name.as_ref().map_or_else(|| format!("port-{}", spec.port), ToString::to_string)
+    spec.name
+        .as_ref()
+        .map_or_else(|| format!("port-{}", spec.port), ToString::to_string)
 }
 
-pub(super) fn insert(connection: &Connection, machine: &MachineId, spec: &ServiceSpec) -> Result<(), StoreError> {
+pub(super) fn insert(
+    connection: &Connection,
+    machine: &MachineId,
+    spec: &ServiceSpec,
+) -> Result<(), StoreError> {
     let listen_port = free_port(connection)?;
     connection
         .prepare_cached(
@@ -35,7 +41,13 @@ pub(super) fn insert(connection: &Connection, machine: &MachineId, spec: &Servic
         )
         .and_then(|mut statement| {
             let kind = service_kind_text(spec.kind);
-            statement.execute(params![machine.as_str(), service_name(spec), spec.port, kind, listen_port])
+            statement.execute(params![
+                machine.as_str(),
+                service_name(spec),
+                spec.port,
+                kind,
+                listen_port
+            ])
         })
         .map_err(sql("expose a service"))?;
     Ok(())
@@ -45,17 +57,20 @@ pub(super) fn insert(connection: &Connection, machine: &MachineId, spec: &Servic
 /// range, the lowest gap.
 fn free_port(connection: &Connection) -> Result<u16, StoreError> {
     let operation = sql("find a free port");
-    let highest: Option<u16> =
-        connection.query_row("SELECT max(listen_port) FROM services", [], |row| row.get(0)).map_err(&operation)?;
+    let highest: Option<u16> = connection
+        .query_row("SELECT max(listen_port) FROM services", [], |row| row.get(0))
+        .map_err(&operation)?;
     match highest {
         None => return Ok(*SERVICE_PORTS.start()),
         Some(port) if port < *SERVICE_PORTS.end() => return Ok(port + 1),
         Some(_) => {}
     }
     let taken_first: bool = connection
-        .query_row("SELECT EXISTS (SELECT 1 FROM services WHERE listen_port = ?1)", [SERVICE_PORTS.start()], |row| {
-            row.get(0)
-        })
+        .query_row(
+            "SELECT EXISTS (SELECT 1 FROM services WHERE listen_port = ?1)",
+            [SERVICE_PORTS.start()],
+            |row| row.get(0),
+        )
         .map_err(&operation)?;
     if !taken_first {
         return Ok(*SERVICE_PORTS.start());
@@ -88,10 +103,16 @@ impl Store {
             let row = existing(tx, &machine)?;
             if let Some(service) = find(&row, &name) {
                 let same = service.port == spec.port && service.kind == spec.kind;
-                return if same { Ok(service) } else { Err(StoreError::ServiceTaken { name }) };
+                return if same {
+                    Ok(service)
+                } else {
+                    Err(StoreError::ServiceTaken { name })
+                };
             }
             if row.services.len() >= limits::MAX_SERVICES {
-                return Err(StoreError::TooManyServices { limit: limits::MAX_SERVICES });
+                return Err(StoreError::TooManyServices {
+                    limit: limits::MAX_SERVICES,
+                });
             }
             insert(tx, &machine, &spec)?;
             events::insert(tx, &event)?;
@@ -114,8 +135,11 @@ impl Store {
         self.write("remove a service", move |tx| {
             let service = find(&existing(tx, &machine)?, &name);
             if service.is_some() {
-                tx.execute("DELETE FROM services WHERE machine_id = ?1 AND name = ?2", [machine.as_str(), &name])
-                    .map_err(sql("remove a service"))?;
+                tx.execute(
+                    "DELETE FROM services WHERE machine_id = ?1 AND name = ?2",
+                    [machine.as_str(), &name],
+                )
+                .map_err(sql("remove a service"))?;
                 events::insert(tx, &event)?;
             }
             Ok(service)
@@ -131,7 +155,9 @@ impl Store {
         self.read("read routes", |tx| {
             let operation = sql("read routes");
             let mut statement = tx
-                .prepare_cached("SELECT listen_port, machine_id, port, kind FROM services ORDER BY listen_port")
+                .prepare_cached(
+                    "SELECT listen_port, machine_id, port, kind FROM services ORDER BY listen_port",
+                )
                 .map_err(&operation)?;
             let mut found = statement.query([]).map_err(&operation)?;
             let mut routes = Vec::new();
@@ -150,7 +176,9 @@ impl Store {
 }
 
 fn existing(connection: &Connection, machine: &MachineId) -> Result<MachineRow, StoreError> {
-    rows::machine(connection, machine)?.ok_or_else(|| StoreError::NoMachine { id: machine.to_string() })
+    rows::machine(connection, machine)?.ok_or_else(|| StoreError::NoMachine {
+        id: machine.to_string(),
+    })
 }
 
 fn find(row: &MachineRow, name: &str) -> Option<ServiceRow> {

@@ -35,9 +35,20 @@ fn new_machine(name: Option<&str>) -> NewMachine {
             disk_mib: 1024,
         },
         name: name.map(|name| name.parse::<MachineName>().unwrap()),
-        lease: Some(LeasePolicy { seconds: 60, action: LeaseAction::Pause, mode: LeaseMode::Sliding }),
-        wake: WakePolicy { ssh: false, ..WakePolicy::default() },
-        services: vec![ServiceSpec { name: None, port: 80, kind: ServiceKind::Http }],
+        lease: Some(LeasePolicy {
+            seconds: 60,
+            action: LeaseAction::Pause,
+            mode: LeaseMode::Sliding,
+        }),
+        wake: WakePolicy {
+            ssh: false,
+            ..WakePolicy::default()
+        },
+        services: vec![ServiceSpec {
+            name: None,
+            port: 80,
+            kind: ServiceKind::Http,
+        }],
         metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
         idempotency: None,
     }
@@ -49,7 +60,9 @@ fn schema(sql: &str) -> BTreeMap<String, String> {
     let mut statement = connection
         .prepare("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")
         .unwrap();
-    let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap();
+    let rows = statement
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap();
     rows.map(Result::unwrap).collect()
 }
 
@@ -62,10 +75,18 @@ fn the_sum_of_migrations_is_the_schema() {
     let mut statement = connection
         .prepare("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND name NOT LIKE 'sqlite_%'")
         .unwrap();
-    let migrated: BTreeMap<String, String> =
-        statement.query_map([], |row| Ok((row.get(0)?, row.get(1)?))).unwrap().map(Result::unwrap).collect();
+    let migrated: BTreeMap<String, String> = statement
+        .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
     assert_eq!(migrated, schema(include_str!("schema.sql")));
-    assert!(migrated.values().filter(|sql| sql.starts_with("CREATE TABLE")).all(|sql| sql.contains("STRICT")));
+    assert!(
+        migrated
+            .values()
+            .filter(|sql| sql.starts_with("CREATE TABLE"))
+            .all(|sql| sql.contains("STRICT"))
+    );
 }
 
 #[test]
@@ -73,9 +94,16 @@ fn a_store_of_a_newer_version_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("torpor.db");
     drop(Store::open(&path).unwrap());
-    Connection::open(&path).unwrap().pragma_update(None, "user_version", 999).unwrap();
+    Connection::open(&path)
+        .unwrap()
+        .pragma_update(None, "user_version", 999)
+        .unwrap();
     assert!(matches!(Store::open(&path), Err(StoreError::Open { .. })));
-    std::fs::write(&path, b"this is not a database, and is long enough to be looked at").unwrap();
+    std::fs::write(
+        &path,
+        b"this is not a database, and is long enough to be looked at",
+    )
+    .unwrap();
     assert!(matches!(Store::open(&path), Err(StoreError::Open { .. })));
 }
 
@@ -85,11 +113,20 @@ async fn a_row_comes_back_as_it_went_in() {
     let new = new_machine(Some("web"));
     assert_eq!(store.create_machine(new.clone()).await.unwrap(), Created::New);
     let row = store.machine(&new.spec.id).await.unwrap().unwrap();
-    assert_eq!((&row.spec, &row.name, row.lease, row.wake), (&new.spec, &new.name, new.lease, new.wake));
-    assert_eq!((&row.metadata, row.committed), (&new.metadata, Committed::Creating));
+    assert_eq!(
+        (&row.spec, &row.name, row.lease, row.wake),
+        (&new.spec, &new.name, new.lease, new.wake)
+    );
+    assert_eq!(
+        (&row.metadata, row.committed),
+        (&new.metadata, Committed::Creating)
+    );
     assert_eq!(row.services[0].listen_port, 20_000);
     assert_eq!(store.resolve("web").await.unwrap(), Some(new.spec.id.clone()));
-    assert_eq!(store.resolve(new.spec.id.as_str()).await.unwrap(), Some(new.spec.id));
+    assert_eq!(
+        store.resolve(new.spec.id.as_str()).await.unwrap(),
+        Some(new.spec.id)
+    );
     assert_eq!(store.resolve("we").await.unwrap(), None);
 }
 
@@ -104,30 +141,61 @@ async fn a_transition_of_another_generation_is_refused() {
     running.lease = LeaseChange::Restart;
     let row = store.commit(id.clone(), running.clone()).await.unwrap();
     assert_eq!((row.generation, row.deadline_unix_ms), (1, Some(62_000)));
-    assert!(matches!(store.commit(id.clone(), running).await, Err(StoreError::Superseded { generation: 0, .. })));
+    assert!(matches!(
+        store.commit(id.clone(), running).await,
+        Err(StoreError::Superseded { generation: 0, .. })
+    ));
     let mut paused = Transition::new(1, Committed::Paused, "lease", 3000);
     paused.only_if_deadline_unix_ms = Some(61_999);
-    assert!(matches!(store.commit(id.clone(), paused.clone()).await, Err(StoreError::LeaseMoved { .. })));
+    assert!(matches!(
+        store.commit(id.clone(), paused.clone()).await,
+        Err(StoreError::LeaseMoved { .. })
+    ));
     paused.only_if_deadline_unix_ms = Some(62_000);
     let row = store.commit(id, paused).await.unwrap();
-    assert_eq!((row.committed, row.deadline_unix_ms, row.execution), (Committed::Paused, None, None));
+    assert_eq!(
+        (row.committed, row.deadline_unix_ms, row.execution),
+        (Committed::Paused, None, None)
+    );
 }
 
 #[tokio::test]
 async fn names_and_keys_belong_to_one_machine() {
     let (_directory, store) = store();
     store.create_machine(new_machine(Some("a"))).await.unwrap();
-    assert!(matches!(store.create_machine(new_machine(Some("a"))).await, Err(StoreError::NameTaken { .. })));
+    assert!(matches!(
+        store.create_machine(new_machine(Some("a"))).await,
+        Err(StoreError::NameTaken { .. })
+    ));
     let mut keyed = new_machine(None);
-    keyed.idempotency = Some(Idempotency { key: "k".to_owned(), body_digest: "1".to_owned() });
+    keyed.idempotency = Some(Idempotency {
+        key: "k".to_owned(),
+        body_digest: "1".to_owned(),
+    });
     store.create_machine(keyed.clone()).await.unwrap();
     let mut again = new_machine(None);
     again.idempotency = keyed.idempotency.clone();
-    assert_eq!(store.create_machine(again.clone()).await.unwrap(), Created::Before(keyed.spec.id.clone()));
-    again.idempotency = Some(Idempotency { key: "k".to_owned(), body_digest: "2".to_owned() });
-    assert!(matches!(store.create_machine(again.clone()).await, Err(StoreError::KeyReused)));
-    store.remove_machine(keyed.spec.id.clone(), event(&keyed.spec.id, "machine.deleted")).await.unwrap();
-    assert_eq!(store.create_machine(again).await.unwrap(), Created::New, "a key ends with its machine");
+    assert_eq!(
+        store.create_machine(again.clone()).await.unwrap(),
+        Created::Before(keyed.spec.id.clone())
+    );
+    again.idempotency = Some(Idempotency {
+        key: "k".to_owned(),
+        body_digest: "2".to_owned(),
+    });
+    assert!(matches!(
+        store.create_machine(again.clone()).await,
+        Err(StoreError::KeyReused)
+    ));
+    store
+        .remove_machine(keyed.spec.id.clone(), event(&keyed.spec.id, "machine.deleted"))
+        .await
+        .unwrap();
+    assert_eq!(
+        store.create_machine(again).await.unwrap(),
+        Created::New,
+        "a key ends with its machine"
+    );
 }
 
 #[tokio::test]
@@ -136,23 +204,47 @@ async fn ports_are_not_given_again_at_once_and_gaps_are_used_at_the_end() {
     let new = new_machine(None);
     let id = new.spec.id.clone();
     store.create_machine(new).await.unwrap();
-    let spec = |port| ServiceSpec { name: None, port, kind: ServiceKind::Tcp };
-    let second = store.expose(id.clone(), spec(81), event(&id, "service.exposed")).await.unwrap();
+    let spec = |port| ServiceSpec {
+        name: None,
+        port,
+        kind: ServiceKind::Tcp,
+    };
+    let second = store
+        .expose(id.clone(), spec(81), event(&id, "service.exposed"))
+        .await
+        .unwrap();
     assert_eq!(second.listen_port, 20_001);
-    store.unexpose(id.clone(), "port-80".to_owned(), event(&id, "service.removed")).await.unwrap().unwrap();
-    let third = store.expose(id.clone(), spec(82), event(&id, "service.exposed")).await.unwrap();
+    store
+        .unexpose(id.clone(), "port-80".to_owned(), event(&id, "service.removed"))
+        .await
+        .unwrap()
+        .unwrap();
+    let third = store
+        .expose(id.clone(), spec(82), event(&id, "service.exposed"))
+        .await
+        .unwrap();
     assert_eq!(third.listen_port, 20_002);
     store
         .write("test", |tx| {
-            tx.execute("UPDATE services SET listen_port = 29999 WHERE listen_port = 20002", []).map_err(sql("test"))
+            tx.execute(
+                "UPDATE services SET listen_port = 29999 WHERE listen_port = 20002",
+                [],
+            )
+            .map_err(sql("test"))
         })
         .await
         .unwrap();
     for expected in [20_000, 20_002, 20_003] {
-        let service = store.expose(id.clone(), spec(expected), event(&id, "service.exposed")).await.unwrap();
+        let service = store
+            .expose(id.clone(), spec(expected), event(&id, "service.exposed"))
+            .await
+            .unwrap();
         assert_eq!(service.listen_port, expected);
     }
-    let again = store.expose(id.clone(), spec(81), event(&id, "service.exposed")).await.unwrap();
+    let again = store
+        .expose(id.clone(), spec(81), event(&id, "service.exposed"))
+        .await
+        .unwrap();
     assert_eq!(again, second, "exposing twice changes nothing");
 }
 
@@ -166,9 +258,19 @@ async fn lists_and_events_are_paged_in_order() {
         store.create_machine(new).await.unwrap();
     }
     let page = store.list(Some(ids[1].clone()), 2).await.unwrap();
-    assert_eq!(page.iter().map(|row| row.spec.id.clone()).collect::<Vec<_>>(), ids[2..4]);
-    assert!(matches!(store.list(Some(MachineId::generate()), 2).await, Err(StoreError::NoMachine { .. })));
-    let filter = |machine, after| EventFilter { machine, after, limit: 100 };
+    assert_eq!(
+        page.iter().map(|row| row.spec.id.clone()).collect::<Vec<_>>(),
+        ids[2..4]
+    );
+    assert!(matches!(
+        store.list(Some(MachineId::generate()), 2).await,
+        Err(StoreError::NoMachine { .. })
+    ));
+    let filter = |machine, after| EventFilter {
+        machine,
+        after,
+        limit: 100,
+    };
     assert_eq!(store.events(filter(None, 0)).await.unwrap().len(), 5);
     assert_eq!(store.events(filter(None, 3)).await.unwrap()[0].offset, 4);
     assert_eq!(store.events(filter(None, u64::MAX)).await.unwrap(), []);
@@ -217,6 +319,9 @@ async fn a_hundred_thousand_paused_rows_cost_nothing_at_the_start() {
         .await
         .unwrap();
     for plan in plans {
-        assert!(plan.contains("USING") && plan.contains("INDEX"), "a query reads every row: {plan}");
+        assert!(
+            plan.contains("USING") && plan.contains("INDEX"),
+            "a query reads every row: {plan}"
+        );
     }
 }

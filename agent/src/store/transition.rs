@@ -81,7 +81,10 @@ impl Store {
         self.write("commit a transition", move |tx| {
             let row = rows::machine(tx, &id)?.ok_or_else(|| StoreError::NoMachine { id: id.to_string() })?;
             if row.generation != transition.generation {
-                return Err(StoreError::Superseded { id, generation: transition.generation });
+                return Err(StoreError::Superseded {
+                    id,
+                    generation: transition.generation,
+                });
             }
             let expected = transition.only_if_deadline_unix_ms;
             if expected.is_some() && expected != row.deadline_unix_ms {
@@ -118,13 +121,16 @@ impl Store {
 }
 
 fn error_json(error: &LastError) -> String {
-    serde_json::json!({ "code": error.code, "message": error.message, "at_unix_ms": error.at_unix_ms }).to_string()
+    serde_json::json!({ "code": error.code, "message": error.message, "at_unix_ms": error.at_unix_ms })
+        .to_string()
 }
 
 fn update_row(connection: &Connection, row: &MachineRow, transition: &Transition) -> Result<(), StoreError> {
-    let window_end = row
-        .lease
-        .map(|lease| transition.at_unix_ms.saturating_add(lease.seconds.saturating_mul(1000)));
+    let window_end = row.lease.map(|lease| {
+        transition
+            .at_unix_ms
+            .saturating_add(lease.seconds.saturating_mul(1000))
+    });
     let deadline = match transition.lease {
         LeaseChange::Restart => window_end,
         LeaseChange::KeepOrStart => row.deadline_unix_ms.or(window_end),
@@ -168,7 +174,12 @@ fn update_executions(
              WHERE machine_id = ?1 AND ended_unix_ms IS NULL AND id IS NOT ?4",
         )
         .and_then(|mut statement| {
-            statement.execute(params![machine.as_str(), transition.at_unix_ms, transition.end_reason, live])
+            statement.execute(params![
+                machine.as_str(),
+                transition.at_unix_ms,
+                transition.end_reason,
+                live
+            ])
         })
         .map_err(&operation)?;
     let Some(live) = live else { return Ok(()) };

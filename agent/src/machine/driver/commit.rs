@@ -13,7 +13,9 @@ use torpor_api::http::LastError;
 
 impl Driver {
     pub(super) async fn commit_running(&mut self, event: Option<Event>) {
-        let Some(execution) = self.epoch.as_ref().map(|epoch| epoch.execution.id().clone()) else { return };
+        let Some(execution) = self.epoch.as_ref().map(|epoch| epoch.execution.id().clone()) else {
+            return;
+        };
         let failure = self.failure.clone();
         // A lease that could not be carried out keeps its deadline; the timer comes back to it.
         let (kind, lease) = match event {
@@ -23,14 +25,20 @@ impl Driver {
             Some(_) if self.wake.actor != "recovery" => ("machine.pause_cancelled", LeaseChange::Restart),
             Some(_) | None => ("machine.adopted", LeaseChange::KeepOrStart),
         };
-        let actor = if failure.is_some() { self.pause.actor } else { self.wake.actor };
+        let actor = if failure.is_some() {
+            self.pause.actor
+        } else {
+            self.wake.actor
+        };
         let mut transition = self.transition(Committed::Running, actor);
         transition.execution = Some(execution);
         transition.lease = lease;
         transition.counts_wake = event == Some(Event::Restored);
         let detail = match &failure {
             Some(error) => json!({ "code": error.code, "message": error.message }),
-            None => json!({ "cause": self.wake.cause, "stages": self.report.as_ref().map(|report| report.to_json()) }),
+            None => {
+                json!({ "cause": self.wake.cause, "stages": self.report.as_ref().map(|report| report.to_json()) })
+            }
         };
         transition.last_error = failure.map(|error| self.last_error(&error));
         self.commit(transition, kind, detail).await;
@@ -60,7 +68,10 @@ impl Driver {
                 transition.last_error = Some(self.last_error(error));
                 "machine.memory_rolled_back"
             }
-            None if self.persisted.is_some_and(|stats| stats.generation == self.image_floor) => {
+            None if self
+                .persisted
+                .is_some_and(|stats| stats.generation == self.image_floor) =>
+            {
                 transition.counts_pause = true;
                 "machine.paused"
             }
@@ -92,11 +103,15 @@ impl Driver {
 
     pub(super) async fn commit_before_boot(&mut self, event: Option<Event>) {
         let rebooted = event == Some(Event::Rebooted);
-        let (kind, reason) =
-            if rebooted { ("machine.rebooted", "reboot") } else { ("machine.memory_given_up", "given_up") };
+        let (kind, reason) = if rebooted {
+            ("machine.rebooted", "reboot")
+        } else {
+            ("machine.memory_given_up", "given_up")
+        };
         let mut transition = self.transition(Committed::Stopped, self.wake.actor);
         transition.end_reason = reason;
-        self.commit(transition, kind, json!({ "cause": self.wake.cause })).await;
+        self.commit(transition, kind, json!({ "cause": self.wake.cause }))
+            .await;
     }
 
     /// Commit that the deletion begins, so that a restart finishes it.
@@ -138,7 +153,12 @@ impl Driver {
             actor: self.wake.actor,
             detail: json!({ "code": error.code, "message": error.message, "cause": self.wake.cause }),
         };
-        if let Err(error) = self.shared.store.record_failure(self.id.clone(), last_error, event).await {
+        if let Err(error) = self
+            .shared
+            .store
+            .record_failure(self.id.clone(), last_error, event)
+            .await
+        {
             tracing::warn!(machine_id = %self.id, %error, "failure not recorded");
         }
     }
@@ -152,7 +172,9 @@ impl Driver {
 
     /// Wait for a commit that was overtaken, so that the next one builds on it.
     pub(super) async fn await_overtaken(&mut self) {
-        let Some(operation) = self.overtaken.take() else { return };
+        let Some(operation) = self.overtaken.take() else {
+            return;
+        };
         if let Outcome::PauseCommitted(committed) = operation.future.await
             && let Ok(row) = *committed
         {
@@ -177,7 +199,12 @@ impl Driver {
         self.await_overtaken().await;
         transition.generation = self.row.generation;
         self.uncommitted = None;
-        match self.shared.store.commit(self.id.clone(), transition.clone()).await {
+        match self
+            .shared
+            .store
+            .commit(self.id.clone(), transition.clone())
+            .await
+        {
             Ok(row) => {
                 self.row = row;
                 self.shared.leases_changed.notify_one();
@@ -197,7 +224,10 @@ impl Driver {
         NewEvent {
             at_unix_ms: transition.at_unix_ms,
             machine: self.id.clone(),
-            execution: transition.execution.clone().or_else(|| self.row.execution.clone()),
+            execution: transition
+                .execution
+                .clone()
+                .or_else(|| self.row.execution.clone()),
             kind,
             actor: transition.actor,
             detail,
@@ -205,6 +235,10 @@ impl Driver {
     }
 
     fn last_error(&self, error: &MachineError) -> LastError {
-        LastError { code: error.code, message: error.message.clone(), at_unix_ms: self.shared.clock.now_unix_ms() }
+        LastError {
+            code: error.code,
+            message: error.message.clone(),
+            at_unix_ms: self.shared.clock.now_unix_ms(),
+        }
     }
 }

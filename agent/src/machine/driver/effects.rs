@@ -61,7 +61,10 @@ impl Driver {
     /// The row stops claiming memory before the platform gives it up.
     async fn begin_boot(&mut self, event: Option<Event>) {
         if event == Some(Event::Rebooted) {
-            self.wake = super::WakeOrder { need: Need::Machine, ..super::WakeOrder::by("guest") };
+            self.wake = super::WakeOrder {
+                need: Need::Machine,
+                ..super::WakeOrder::by("guest")
+            };
         }
         if !matches!(self.row.committed, Committed::Creating | Committed::Stopped) {
             self.commit_before_boot(event).await;
@@ -89,7 +92,9 @@ impl Driver {
         let Some(epoch) = self.epoch.clone() else {
             return self.begin(Effect::Persist, async { Outcome::Persisted(Err(no_execution())) });
         };
-        self.begin(Effect::Persist, async move { Outcome::Persisted(epoch.execution.persist(generation).await) });
+        self.begin(Effect::Persist, async move {
+            Outcome::Persisted(epoch.execution.persist(generation).await)
+        });
     }
 
     fn begin_commit_pause(&mut self) {
@@ -105,7 +110,10 @@ impl Driver {
         let Some(epoch) = self.epoch.clone() else {
             return self.begin(Effect::Run, async { Outcome::Ran(Err(no_execution())) });
         };
-        self.begin(Effect::Run, async move { Outcome::Ran(epoch.execution.run().await) });
+        self.begin(
+            Effect::Run,
+            async move { Outcome::Ran(epoch.execution.run().await) },
+        );
     }
 
     fn begin_evict(&mut self) {
@@ -120,7 +128,11 @@ impl Driver {
     }
 
     async fn begin_delete(&mut self) {
-        if self.operation.as_ref().is_some_and(|operation| operation.effect == Effect::Delete) {
+        if self
+            .operation
+            .as_ref()
+            .is_some_and(|operation| operation.effect == Effect::Delete)
+        {
             return;
         }
         self.put_aside_commit();
@@ -134,7 +146,12 @@ impl Driver {
             actor: self.pause.actor,
             detail: serde_json::json!({ "name": self.row.name }),
         };
-        let ports: Vec<u16> = self.row.services.iter().map(|service| service.listen_port).collect();
+        let ports: Vec<u16> = self
+            .row
+            .services
+            .iter()
+            .map(|service| service.listen_port)
+            .collect();
         self.begin(Effect::Delete, async move {
             if let Some(epoch) = epoch {
                 epoch.over.cancel();
@@ -145,11 +162,23 @@ impl Driver {
     }
 }
 
-async fn delete(shared: &Shared, id: &torpor_api::MachineId, event: NewEvent, ports: &[u16]) -> Result<(), MachineError> {
+async fn delete(
+    shared: &Shared,
+    id: &torpor_api::MachineId,
+    event: NewEvent,
+    ports: &[u16],
+) -> Result<(), MachineError> {
     // The row may know of services that were exposed since this driver read it.
     let row = shared.store.machine(id).await?;
-    let now: Vec<u16> = row.iter().flat_map(|row| &row.services).map(|service| service.listen_port).collect();
-    for port in ports.iter().chain(now.iter().filter(|port| !ports.contains(port))) {
+    let now: Vec<u16> = row
+        .iter()
+        .flat_map(|row| &row.services)
+        .map(|service| service.listen_port)
+        .collect();
+    for port in ports
+        .iter()
+        .chain(now.iter().filter(|port| !ports.contains(port)))
+    {
         shared.routes.close(*port).await;
     }
     shared.hypervisor.delete_files(id).await?;
@@ -166,7 +195,10 @@ struct UpOrder {
 
 async fn admit(shared: &Shared, mem_mib: u32) -> Result<OwnedSemaphorePermit, MachineError> {
     let full = || {
-        MachineError::new(ErrorCode::CapacityExceeded, format!("the host has no {mem_mib} MiB of memory to give"))
+        MachineError::new(
+            ErrorCode::CapacityExceeded,
+            format!("the host has no {mem_mib} MiB of memory to give"),
+        )
     };
     if mem_mib > shared.settings.max_running_mem_mib {
         return Err(full());
@@ -210,7 +242,11 @@ async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
     };
     let admitted = began.elapsed();
     let id = ExecutionId::generate();
-    match shared.hypervisor.restore(&order.spec, &id, order.generation).await {
+    match shared
+        .hypervisor
+        .restore(&order.spec, &id, order.generation)
+        .await
+    {
         Err(error) => Outcome::Restored(Err(error)),
         Ok((execution, stages)) => Outcome::Restored(Ok(Up {
             execution,

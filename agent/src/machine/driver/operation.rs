@@ -21,7 +21,10 @@ pub(super) struct Operation {
 
 impl Operation {
     pub(super) fn new(effect: Effect, future: impl Future<Output = Outcome> + Send + 'static) -> Self {
-        Self { effect, future: Box::pin(future) }
+        Self {
+            effect,
+            future: Box::pin(future),
+        }
     }
 }
 
@@ -176,7 +179,9 @@ impl Driver {
             epoch.execution.quit().await;
         }
         self.let_go();
-        let reason = told.unwrap_or_else(|| ExitReason::Failed { message: chain(error) });
+        let reason = told.unwrap_or_else(|| ExitReason::Failed {
+            message: chain(error),
+        });
         self.judge(reason).await
     }
 }

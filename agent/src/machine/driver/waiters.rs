@@ -38,7 +38,12 @@ impl WakeOrder {
     /// A wish for the guest without details.
     #[must_use]
     pub fn by(actor: &'static str) -> Self {
-        Self { need: Need::Guest, actor, cause: serde_json::Value::Null, asked: Instant::now() }
+        Self {
+            need: Need::Guest,
+            actor,
+            cause: serde_json::Value::Null,
+            asked: Instant::now(),
+        }
     }
 
     fn event(&self) -> Event {
@@ -63,7 +68,10 @@ impl PauseOrder {
     /// Without a condition.
     #[must_use]
     pub fn by(actor: &'static str) -> Self {
-        Self { actor, only_if_deadline_unix_ms: None }
+        Self {
+            actor,
+            only_if_deadline_unix_ms: None,
+        }
     }
 }
 
@@ -154,7 +162,11 @@ fn answer_wake(reply: Reply<Woken>, gate: &Gate, now_unix_ms: u64, report: Optio
         let _ = reply.send(Err(error));
         return;
     };
-    let _ = reply.send(Ok(Woken { pass, report: report.cloned(), activity: Arc::clone(gate.activity()) }));
+    let _ = reply.send(Ok(Woken {
+        pass,
+        report: report.cloned(),
+        activity: Arc::clone(gate.activity()),
+    }));
 }
 
 impl Driver {
@@ -282,7 +294,10 @@ impl Driver {
     }
 
     fn settle_deletion(&mut self) {
-        let error = self.failure.clone().unwrap_or_else(|| MachineError::not_found(&self.id));
+        let error = self
+            .failure
+            .clone()
+            .unwrap_or_else(|| MachineError::not_found(&self.id));
         self.waiters.end_wakes(&error);
         self.waiters.end_pauses(&Err(error));
         if self.state == State::Gone {

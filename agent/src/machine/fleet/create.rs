@@ -35,7 +35,10 @@ impl Fleet {
             }
             Created::Before(id) => id,
         };
-        let wake = WakeOrder { need: Need::Machine, ..WakeOrder::by("api") };
+        let wake = WakeOrder {
+            need: Need::Machine,
+            ..WakeOrder::by("api")
+        };
         match self.send(&id, |reply| Command::Wake(wake.clone(), reply)).await {
             Ok(_) => Ok(id),
             Err(error) => self.roll_back(&id, error).await,
@@ -53,21 +56,40 @@ impl Fleet {
 
     async fn prepare(&self, order: &CreateOrder) -> Result<NewMachine, MachineError> {
         let body = &order.body;
-        let template = self.shared.hypervisor.template(&body.template).await.ok_or_else(|| {
-            MachineError::new(ErrorCode::TemplateNotFound, format!("no template {}", cut(&body.template)))
-        })?;
+        let template = self
+            .shared
+            .hypervisor
+            .template(&body.template)
+            .await
+            .ok_or_else(|| {
+                MachineError::new(
+                    ErrorCode::TemplateNotFound,
+                    format!("no template {}", cut(&body.template)),
+                )
+            })?;
         let disk_mib = body.disk_mib.unwrap_or(template.disk_mib);
         if disk_mib < template.disk_mib {
-            let message = format!("disk_mib {disk_mib} is below the template's {}", template.disk_mib);
+            let message = format!(
+                "disk_mib {disk_mib} is below the template's {}",
+                template.disk_mib
+            );
             return Err(MachineError::new(ErrorCode::InvalidRequest, message));
         }
-        if Arc::clone(&self.shared.memory).available_permits() < usize::try_from(body.mem_mib).unwrap_or(usize::MAX) {
+        if Arc::clone(&self.shared.memory).available_permits()
+            < usize::try_from(body.mem_mib).unwrap_or(usize::MAX)
+        {
             let message = format!("the host has no {} MiB of memory to give", body.mem_mib);
             return Err(MachineError::new(ErrorCode::CapacityExceeded, message));
         }
         let id = MachineId::generate();
-        let destroys = body.lease.is_some_and(|lease| lease.action == LeaseAction::Destroy);
-        let default = if destroys { WakePolicy::OFF } else { WakePolicy::default() };
+        let destroys = body
+            .lease
+            .is_some_and(|lease| lease.action == LeaseAction::Destroy);
+        let default = if destroys {
+            WakePolicy::OFF
+        } else {
+            WakePolicy::default()
+        };
         let detail = serde_json::json!({ "name": body.name, "template": body.template });
         Ok(NewMachine {
             event: self.event(&id, "machine.created", "api", detail),
@@ -89,7 +111,9 @@ impl Fleet {
     }
 
     async fn listen(&self, id: &MachineId) -> Result<(), MachineError> {
-        let Some(row) = self.shared.store.machine(id).await? else { return Ok(()) };
+        let Some(row) = self.shared.store.machine(id).await? else {
+            return Ok(());
+        };
         for service in row.services {
             self.shared.routes.open(ServiceRoute {
                 listen_port: service.listen_port,

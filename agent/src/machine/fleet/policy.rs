@@ -67,7 +67,10 @@ impl Fleet {
         });
         if let Err(error) = opened {
             let event = self.event(id, "service.removed", "api", json!({ "error": error.message }));
-            self.shared.store.unexpose(id.clone(), service.name, event).await?;
+            self.shared
+                .store
+                .unexpose(id.clone(), service.name, event)
+                .await?;
             return Err(error);
         }
         Ok(service)
@@ -79,7 +82,12 @@ impl Fleet {
     /// The machine has none of this name.
     pub async fn unexpose(&self, id: &MachineId, name: &str) -> Result<(), MachineError> {
         let event = self.event(id, "service.removed", "api", json!({ "name": name }));
-        let Some(service) = self.shared.store.unexpose(id.clone(), name.to_owned(), event).await? else {
+        let Some(service) = self
+            .shared
+            .store
+            .unexpose(id.clone(), name.to_owned(), event)
+            .await?
+        else {
             let message = format!("machine {id} exposes no service {}", super::cut(name));
             return Err(MachineError::new(ErrorCode::ServiceNotFound, message));
         };

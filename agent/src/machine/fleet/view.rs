@@ -26,7 +26,12 @@ impl Fleet {
             let committed = handle.live.wait_for(|live| !live.committing);
             let _ = tokio::time::timeout(LONGEST_COMMIT, committed).await;
         }
-        let row = self.shared.store.machine(id).await?.ok_or_else(|| MachineError::not_found(id))?;
+        let row = self
+            .shared
+            .store
+            .machine(id)
+            .await?
+            .ok_or_else(|| MachineError::not_found(id))?;
         Ok(self.show(row, handle.as_ref()))
     }
 
@@ -54,7 +59,10 @@ impl Fleet {
             ServiceKind::Tcp => "tcp",
         };
         Service {
-            url: format!("{scheme}://{}:{}", self.shared.settings.service_host, service.listen_port),
+            url: format!(
+                "{scheme}://{}:{}",
+                self.shared.settings.service_host, service.listen_port
+            ),
             name: service.name,
             port: service.port,
             kind: service.kind,
@@ -71,7 +79,11 @@ impl Fleet {
             lease: self.show_lease(&row, handle, awake),
             execution_id: row.execution.filter(|_| awake),
             last_error: live.and_then(|live| live.last_error).or(row.last_error),
-            services: row.services.into_iter().map(|service| self.show_service(service)).collect(),
+            services: row
+                .services
+                .into_iter()
+                .map(|service| self.show_service(service))
+                .collect(),
             id: row.spec.id,
             name: row.name,
             template: row.spec.template,
@@ -89,10 +101,18 @@ impl Fleet {
     /// A sliding deadline slides in memory and is written down when it would have passed.
     fn show_lease(&self, row: &MachineRow, handle: Option<&Handle>, awake: bool) -> Option<Lease> {
         let policy = row.lease?;
-        let slid = handle.filter(|_| policy.mode == LeaseMode::Sliding).map_or(0, |handle| {
-            handle.gate.last_entered_unix_ms().saturating_add(policy.seconds.saturating_mul(1000))
-        });
-        let deadline_unix_ms = row.deadline_unix_ms.filter(|_| awake).map(|deadline| deadline.max(slid));
+        let slid = handle
+            .filter(|_| policy.mode == LeaseMode::Sliding)
+            .map_or(0, |handle| {
+                handle
+                    .gate
+                    .last_entered_unix_ms()
+                    .saturating_add(policy.seconds.saturating_mul(1000))
+            });
+        let deadline_unix_ms = row
+            .deadline_unix_ms
+            .filter(|_| awake)
+            .map(|deadline| deadline.max(slid));
         Some(Lease {
             policy,
             deadline_unix_ms,
@@ -106,12 +126,20 @@ impl Fleet {
 /// # Errors
 /// The store refuses.
 pub async fn status_counts(fleet: &Fleet) -> Result<BTreeMap<String, u64>, MachineError> {
-    let live: Vec<Live> =
-        fleet.shared.registry.all().into_iter().map(|(_, handle)| handle.live.borrow().clone()).collect();
+    let live: Vec<Live> = fleet
+        .shared
+        .registry
+        .all()
+        .into_iter()
+        .map(|(_, handle)| handle.live.borrow().clone())
+        .collect();
     let mut asleep = fleet.shared.store.counts().await?;
     let mut counts: BTreeMap<String, u64> = BTreeMap::new();
     let name = |status: MachineStatus| {
-        serde_json::to_value(status).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+        serde_json::to_value(status)
+            .ok()
+            .and_then(|value| value.as_str().map(str::to_owned))
+            .unwrap_or_default()
     };
     for committed in Committed::ALL {
         let shown = match committed {

@@ -1,8 +1,6 @@
 //! One simulated execution: a state, a counter in memory, a counter on disk.
 
-use super::super::hypervisor::{
-    ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus,
-};
+use super::super::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus};
 use super::{Memory, Point, SavedImage, SimulatedHost};
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -31,10 +29,26 @@ pub struct SimulatedExecution {
 }
 
 impl SimulatedExecution {
-    pub(super) fn new(id: ExecutionId, machine: MachineId, memory: Memory, host: Arc<SimulatedHost>) -> Arc<Self> {
-        let inner =
-            Inner { state: VmmState::Running, memory, persisted: None, wrote_disk: false, n_first_bytes: 0 };
-        Arc::new(Self { id, machine, host, inner: Mutex::new(inner), exited: watch::Sender::new(None) })
+    pub(super) fn new(
+        id: ExecutionId,
+        machine: MachineId,
+        memory: Memory,
+        host: Arc<SimulatedHost>,
+    ) -> Arc<Self> {
+        let inner = Inner {
+            state: VmmState::Running,
+            memory,
+            persisted: None,
+            wrote_disk: false,
+            n_first_bytes: 0,
+        };
+        Arc::new(Self {
+            id,
+            machine,
+            host,
+            inner: Mutex::new(inner),
+            exited: watch::Sender::new(None),
+        })
     }
 
     /// Whose it is.
@@ -72,7 +86,9 @@ impl SimulatedExecution {
     }
 
     fn die(&self) -> HypervisorError {
-        self.end(ExitReason::Failed { message: "killed by a fault".to_owned() });
+        self.end(ExitReason::Failed {
+            message: "killed by a fault".to_owned(),
+        });
         HypervisorError::new(ErrorCode::Internal, "the VMM is gone")
     }
 
@@ -103,8 +119,17 @@ impl SimulatedExecution {
             written_bytes: 40_960,
             durable_us: 1000,
         };
-        let image = SavedImage { generation, memory: inner.memory, corrupt: false };
-        self.host.lock().files.entry(self.machine.clone()).or_default().image = Some(image);
+        let image = SavedImage {
+            generation,
+            memory: inner.memory,
+            corrupt: false,
+        };
+        self.host
+            .lock()
+            .files
+            .entry(self.machine.clone())
+            .or_default()
+            .image = Some(image);
         inner.state = VmmState::Durable;
         inner.wrote_disk = false;
         inner.persisted = Some(stats);
@@ -136,7 +161,10 @@ impl Execution for SimulatedExecution {
             return Err(self.die());
         }
         self.alive()?.state = VmmState::Frozen;
-        Ok(FreezeTrace { quiesce_us: 10, freeze_us: 20 })
+        Ok(FreezeTrace {
+            quiesce_us: 10,
+            freeze_us: 20,
+        })
     }
 
     async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError> {
@@ -164,7 +192,10 @@ impl Execution for SimulatedExecution {
         let mut inner = self.alive()?;
         let persist_cancelled = inner.state == VmmState::Persisting;
         inner.state = VmmState::Running;
-        Ok(Ran { persist_cancelled, run_us: 30 })
+        Ok(Ran {
+            persist_cancelled,
+            run_us: 30,
+        })
     }
 
     async fn quit(&self) {
@@ -174,7 +205,9 @@ impl Execution for SimulatedExecution {
         self.host.lock().live.remove(&self.id);
         self.exited.send_if_modified(|exited| {
             let first = exited.is_none();
-            exited.get_or_insert(ExitReason::Failed { message: "ended".to_owned() });
+            exited.get_or_insert(ExitReason::Failed {
+                message: "ended".to_owned(),
+            });
             first
         });
     }
@@ -184,15 +217,27 @@ impl Execution for SimulatedExecution {
     }
 
     async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError> {
-        let address = self.host.lock().ports.get(&port).copied().ok_or(ConnectError::Refused { port })?;
+        let address = self
+            .host
+            .lock()
+            .ports
+            .get(&port)
+            .copied()
+            .ok_or(ConnectError::Refused { port })?;
         TcpStream::connect(address)
             .await
-            .map_err(|error| ConnectError::Unreachable { port, message: error.to_string() })
+            .map_err(|error| ConnectError::Unreachable {
+                port,
+                message: error.to_string(),
+            })
     }
 
     async fn exec(&self, request: ExecRequest) -> Result<ExecResult, HypervisorError> {
         if self.alive()?.state != VmmState::Running {
-            return Err(HypervisorError::new(ErrorCode::GuestUnreachable, "the guest stands still"));
+            return Err(HypervisorError::new(
+                ErrorCode::GuestUnreachable,
+                "the guest stands still",
+            ));
         }
         let stdout = match request.argv.first().map(String::as_str) {
             Some("count") => {
@@ -203,11 +248,20 @@ impl Execution for SimulatedExecution {
             Some("write") => self.write_disk().to_string(),
             Some("read") => {
                 let host = self.host.lock();
-                host.files.get(&self.machine).map_or(0, |files| files.disk_counter).to_string()
+                host.files
+                    .get(&self.machine)
+                    .map_or(0, |files| files.disk_counter)
+                    .to_string()
             }
             _ => return Err(HypervisorError::new(ErrorCode::ExecFailed, "no such program")),
         };
-        Ok(ExecResult { pid: 2, exit_code: Some(0), stdout, stderr: String::new(), truncated: false })
+        Ok(ExecResult {
+            pid: 2,
+            exit_code: Some(0),
+            stdout,
+            stderr: String::new(),
+            truncated: false,
+        })
     }
 
     fn first_byte(&self) {
@@ -216,6 +270,10 @@ impl Execution for SimulatedExecution {
 
     async fn status(&self) -> Result<VmmStatus, HypervisorError> {
         let inner = self.alive()?;
-        Ok(VmmStatus { state: inner.state, persisted: inner.persisted, counters: Counters::default() })
+        Ok(VmmStatus {
+            state: inner.state,
+            persisted: inner.persisted,
+            counters: Counters::default(),
+        })
     }
 }

@@ -47,7 +47,10 @@ pub struct Hold {
 
 impl Default for Hold {
     fn default() -> Self {
-        Self { arrived: Arc::new(Semaphore::new(0)), released: Arc::new(Semaphore::new(0)) }
+        Self {
+            arrived: Arc::new(Semaphore::new(0)),
+            released: Arc::new(Semaphore::new(0)),
+        }
     }
 }
 
@@ -79,7 +82,12 @@ pub struct Faults(Mutex<HashMap<Point, VecDeque<Fault>>>);
 impl Faults {
     /// The next call that reaches `point` and finds no earlier fault there gets this one.
     pub fn at(&self, point: Point, fault: Fault) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(point).or_default().push_back(fault);
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .entry(point)
+            .or_default()
+            .push_back(fault);
     }
 
     /// The next call that reaches `point` is held there.
@@ -93,11 +101,20 @@ impl Faults {
     /// Number of faults that nobody has met yet.
     #[must_use]
     pub fn n_left(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).values().map(VecDeque::len).sum()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .map(VecDeque::len)
+            .sum()
     }
 
     pub(super) fn take(&self, point: Point) -> Option<Fault> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&point)?.pop_front()
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_mut(&point)?
+            .pop_front()
     }
 
     /// For calls without a VMM that could die.
@@ -109,9 +126,10 @@ impl Faults {
                 Ok(())
             }
             Some(Fault::Fail(code)) => Err(HypervisorError::new(code, format!("injected at {point:?}"))),
-            Some(Fault::Die) => {
-                Err(HypervisorError::new(ErrorCode::ResumeFailed, format!("the VMM died at {point:?}")))
-            }
+            Some(Fault::Die) => Err(HypervisorError::new(
+                ErrorCode::ResumeFailed,
+                format!("the VMM died at {point:?}"),
+            )),
         }
     }
 

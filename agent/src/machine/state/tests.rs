@@ -25,7 +25,12 @@ fn takes_time(effect: &Effect) -> bool {
 fn outcomes(effect: Effect) -> &'static [Event] {
     match effect {
         Effect::Boot => &[Event::Booted, Event::BootFailed],
-        Effect::Restore => &[Event::Restored, Event::RestoreFailed, Event::RestoreRefused, Event::LostImageGone],
+        Effect::Restore => &[
+            Event::Restored,
+            Event::RestoreFailed,
+            Event::RestoreRefused,
+            Event::LostImageGone,
+        ],
         Effect::Freeze => &[Event::Frozen, Event::FreezeFailed],
         Effect::Persist => &[Event::Persisted, Event::PersistFailed],
         Effect::CommitPause => &[Event::PauseCommitted, Event::PauseNotCommitted],
@@ -40,8 +45,19 @@ fn outcomes(effect: Effect) -> &'static [Event] {
     }
 }
 
-const REQUESTS: [Event; 5] = [Event::Wake, Event::Resume, Event::BootFromDisk, Event::Pause, Event::Delete];
-const ENDINGS: [Event; 4] = [Event::ShutDown, Event::Rebooted, Event::LostImageKept, Event::LostImageGone];
+const REQUESTS: [Event; 5] = [
+    Event::Wake,
+    Event::Resume,
+    Event::BootFromDisk,
+    Event::Pause,
+    Event::Delete,
+];
+const ENDINGS: [Event; 4] = [
+    Event::ShutDown,
+    Event::Rebooted,
+    Event::LostImageKept,
+    Event::LostImageGone,
+];
 
 /// What a driver is: a state, at most one operation under way, and whether a VMM is held.
 struct Model {
@@ -52,18 +68,28 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
-        Self { state: State::Creating, operation: Some(Effect::Boot), vmm: false }
+        Self {
+            state: State::Creating,
+            operation: Some(Effect::Boot),
+            vmm: false,
+        }
     }
 
     fn apply(&mut self, event: Event) -> Result<(), Denied> {
         let (state, effects) = next(self.state, event)?;
-        let finished = self.operation.is_some_and(|operation| outcomes(operation).contains(&event));
+        let finished = self
+            .operation
+            .is_some_and(|operation| outcomes(operation).contains(&event));
         if finished || ENDINGS.contains(&event) {
             self.operation = None;
         }
         match event {
             Event::Booted | Event::Restored => self.vmm = true,
-            Event::ShutDown | Event::Rebooted | Event::LostImageKept | Event::LostImageGone | Event::Evicted
+            Event::ShutDown
+            | Event::Rebooted
+            | Event::LostImageKept
+            | Event::LostImageGone
+            | Event::Evicted
             | Event::Deleted => self.vmm = false,
             _ => {}
         }
@@ -71,7 +97,11 @@ impl Model {
         for effect in effects.iter().filter(|effect| takes_time(effect)) {
             if matches!(effect, Effect::Boot | Effect::Restore) {
                 assert!(!self.vmm, "{event:?} starts a second VMM in {state:?}");
-                assert!(self.operation.is_none(), "{event:?} starts {effect:?} beside {:?}", self.operation);
+                assert!(
+                    self.operation.is_none(),
+                    "{event:?} starts {effect:?} beside {:?}",
+                    self.operation
+                );
             }
             self.operation = Some(*effect);
         }
@@ -81,7 +111,9 @@ impl Model {
     /// The fact behind what is shown.
     fn check(&self) {
         match self.state.status() {
-            MachineStatus::Running | MachineStatus::Pausing => assert!(self.vmm, "{:?} without a VMM", self.state),
+            MachineStatus::Running | MachineStatus::Pausing => {
+                assert!(self.vmm, "{:?} without a VMM", self.state)
+            }
             MachineStatus::Stopped => assert!(!self.vmm && self.operation.is_none(), "{:?}", self.state),
             MachineStatus::Starting | MachineStatus::Waking => {
                 assert!(self.operation.is_some(), "{:?} and nothing under way", self.state);
@@ -165,7 +197,9 @@ fn at_most_one_effect_takes_time_and_it_is_the_last() {
     for (state, event) in pairs() {
         if let Ok((_, effects)) = next(state, event) {
             let slow: Vec<_> = effects.iter().filter(|effect| takes_time(effect)).collect();
-            assert!(slow.len() <= 1 && slow.first() == effects.last().filter(|last| takes_time(last)).as_ref());
+            assert!(
+                slow.len() <= 1 && slow.first() == effects.last().filter(|last| takes_time(last)).as_ref()
+            );
         }
     }
 }
@@ -173,7 +207,10 @@ fn at_most_one_effect_takes_time_and_it_is_the_last() {
 #[test]
 fn a_wake_while_pausing_runs_the_guest_again() {
     for state in [State::Freezing, State::Persisting, State::Durable] {
-        assert_eq!(next(state, Event::Wake), Ok((State::Waking, [Effect::Run].as_slice())));
+        assert_eq!(
+            next(state, Event::Wake),
+            Ok((State::Waking, [Effect::Run].as_slice()))
+        );
     }
 }
 
@@ -185,7 +222,10 @@ fn every_failure_of_a_pause_runs_the_guest_again() {
         (State::Durable, Event::PauseNotCommitted),
     ];
     for (state, failure) in failures {
-        assert_eq!(next(state, failure), Ok((State::Waking, [Effect::Run].as_slice())));
+        assert_eq!(
+            next(state, failure),
+            Ok((State::Waking, [Effect::Run].as_slice()))
+        );
     }
     assert_eq!(next(State::Waking, Event::Ran).unwrap().0, State::Running);
 }
@@ -194,7 +234,10 @@ fn every_failure_of_a_pause_runs_the_guest_again() {
 fn only_an_explicit_resume_tries_a_refused_image_again() {
     assert_eq!(next(State::Refused, Event::Wake), Err(Denied::ImageRefused));
     assert_eq!(next(State::Refused, Event::Resume).unwrap().0, State::Waking);
-    assert_eq!(next(State::Refused, Event::BootFromDisk).unwrap().0, State::Starting);
+    assert_eq!(
+        next(State::Refused, Event::BootFromDisk).unwrap().0,
+        State::Starting
+    );
 }
 
 #[test]
@@ -215,7 +258,11 @@ fn recovery_pauses_nothing_by_accident_and_shows_nothing_that_is_not_so() {
                 let case = format!("{row:?} {vmm:?} {image:?} -> {state:?} {effects:?}");
                 let half = matches!(row, Committed::Creating | Committed::Deleting);
                 assert_eq!(half, state == State::Deleting, "{case}");
-                if matches!(vmm, Some(VmmState::Running | VmmState::Frozen | VmmState::Persisting)) && !half {
+                if matches!(
+                    vmm,
+                    Some(VmmState::Running | VmmState::Frozen | VmmState::Persisting)
+                ) && !half
+                {
                     assert!(matches!(state, State::Running | State::Waking), "{case}");
                 }
                 if state == State::Paused && row == Committed::Running {
@@ -231,7 +278,9 @@ fn recovery_pauses_nothing_by_accident_and_shows_nothing_that_is_not_so() {
 }
 
 fn pairs() -> impl Iterator<Item = (State, Event)> {
-    State::ALL.into_iter().flat_map(|state| Event::ALL.into_iter().map(move |event| (state, event)))
+    State::ALL
+        .into_iter()
+        .flat_map(|state| Event::ALL.into_iter().map(move |event| (state, event)))
 }
 
 fn render() -> String {
@@ -241,7 +290,10 @@ fn render() -> String {
         if let Ok((to, _)) = next(state, event)
             && to != state
         {
-            edges.entry((place(state), place(to))).or_default().push(format!("{event:?}"));
+            edges
+                .entry((place(state), place(to)))
+                .or_default()
+                .push(format!("{event:?}"));
         }
     }
     let mut text = String::from(
@@ -252,11 +304,21 @@ fn render() -> String {
          ```mermaid\nstateDiagram-v2\n    [*] --> Creating\n",
     );
     for ((from, to), events) in edges {
-        let _ = writeln!(text, "    {:?} --> {:?}: {}", State::ALL[from], State::ALL[to], events.join(", "));
+        let _ = writeln!(
+            text,
+            "    {:?} --> {:?}: {}",
+            State::ALL[from],
+            State::ALL[to],
+            events.join(", ")
+        );
     }
     text.push_str("    Gone --> [*]\n```\n\n| state | users see |\n|---|---|\n");
     for state in State::ALL {
-        let _ = writeln!(text, "| {state:?} | {} |", serde_json::to_string(&state.status()).unwrap().trim_matches('"'));
+        let _ = writeln!(
+            text,
+            "| {state:?} | {} |",
+            serde_json::to_string(&state.status()).unwrap().trim_matches('"')
+        );
     }
     text
 }
@@ -268,5 +330,9 @@ fn the_documented_diagram_equals_the_table() {
     if std::env::var_os("UPDATE_DOCS").is_some() {
         std::fs::write(path, &rendered).unwrap();
     }
-    assert_eq!(std::fs::read_to_string(path).unwrap(), rendered, "docs/lifecycle.md is not the table");
+    assert_eq!(
+        std::fs::read_to_string(path).unwrap(),
+        rendered,
+        "docs/lifecycle.md is not the table"
+    );
 }

@@ -7,9 +7,11 @@ use torpor_api::vmm::ExitReason;
 
 #[tokio::test]
 async fn a_pause_that_fails_leaves_the_machine_running_and_says_why() {
-    for (point, code) in
-        [(Point::Freeze, ErrorCode::PauseFailed), (Point::Persist, ErrorCode::DiskFull), (Point::Persist, ErrorCode::PauseFailed)]
-    {
+    for (point, code) in [
+        (Point::Freeze, ErrorCode::PauseFailed),
+        (Point::Persist, ErrorCode::DiskFull),
+        (Point::Persist, ErrorCode::PauseFailed),
+    ] {
         let world = World::new();
         let id = world.create().await;
         world.exec(&id, "count").await.unwrap();
@@ -17,12 +19,19 @@ async fn a_pause_that_fails_leaves_the_machine_running_and_says_why() {
         world.host.faults().at(point, Fault::Fail(code));
         assert_eq!(world.pause(&id).await.unwrap_err().code, code);
         let after = world.view(&id).await;
-        assert_eq!((after.status, after.execution_id), (MachineStatus::Running, before));
+        assert_eq!(
+            (after.status, after.execution_id),
+            (MachineStatus::Running, before)
+        );
         assert_eq!(after.last_error.unwrap().code, code);
         assert_eq!(world.count(&id, "machine.pause_failed").await, 1);
         assert_eq!(world.exec(&id, "count").await, Ok(2));
         world.pause(&id).await.unwrap();
-        assert_eq!(world.view(&id).await.last_error, None, "the next success clears it");
+        assert_eq!(
+            world.view(&id).await.last_error,
+            None,
+            "the next success clears it"
+        );
     }
 }
 
@@ -58,9 +67,14 @@ async fn memory_of_a_lost_vmm_is_rolled_back_only_if_the_disk_was_not_written() 
         world.pause(&id).await.unwrap();
         world.resume(&id).await.unwrap();
         world.exec(&id, program).await.unwrap();
-        world.host.live(&id)[0].end(ExitReason::Failed { message: "killed".to_owned() });
+        world.host.live(&id)[0].end(ExitReason::Failed {
+            message: "killed".to_owned(),
+        });
         world.reaches(&id, expected).await;
-        assert_eq!(world.view(&id).await.last_error.unwrap().code, ErrorCode::Internal);
+        assert_eq!(
+            world.view(&id).await.last_error.unwrap().code,
+            ErrorCode::Internal
+        );
         assert_eq!(world.count(&id, event).await, 1);
         world.touch(&id).await.unwrap();
     }
@@ -76,9 +90,16 @@ async fn a_corrupt_image_is_refused_once_and_can_be_given_up() {
     for _ in 0..3 {
         assert_eq!(world.touch(&id).await.unwrap_err().code, ErrorCode::ImageCorrupt);
     }
-    assert_eq!(world.host.n_restores(), 1, "a refused image is not tried for ever");
+    assert_eq!(
+        world.host.n_restores(),
+        1,
+        "a refused image is not tried for ever"
+    );
     let view = world.view(&id).await;
-    assert_eq!((view.status, view.last_error.unwrap().code), (MachineStatus::Paused, ErrorCode::ImageCorrupt));
+    assert_eq!(
+        (view.status, view.last_error.unwrap().code),
+        (MachineStatus::Paused, ErrorCode::ImageCorrupt)
+    );
     assert_eq!(world.resume(&id).await.unwrap_err().code, ErrorCode::ImageCorrupt);
     assert_eq!(world.host.n_restores(), 2, "an explicit resume tries");
     world.fleet.resume(&id, ResumeFrom::Disk).await.unwrap();
@@ -92,9 +113,14 @@ async fn a_corrupt_page_stops_the_machine_and_its_disk_boots() {
     let world = World::new();
     let id = world.create().await;
     world.exec(&id, "write").await.unwrap();
-    world.host.live(&id)[0].end(ExitReason::Memory { message: "page 7".to_owned() });
+    world.host.live(&id)[0].end(ExitReason::Memory {
+        message: "page 7".to_owned(),
+    });
     world.reaches(&id, MachineStatus::Stopped).await;
-    assert_eq!(world.view(&id).await.last_error.unwrap().code, ErrorCode::ImageCorrupt);
+    assert_eq!(
+        world.view(&id).await.last_error.unwrap().code,
+        ErrorCode::ImageCorrupt
+    );
     assert_eq!(world.exec(&id, "read").await, Ok(1));
 }
 
@@ -104,10 +130,16 @@ async fn a_restore_that_fails_for_a_passing_reason_can_be_tried_again() {
     let id = world.create().await;
     world.exec(&id, "count").await.unwrap();
     world.pause(&id).await.unwrap();
-    world.host.faults().at(Point::Restore, Fault::Fail(ErrorCode::ResumeFailed));
+    world
+        .host
+        .faults()
+        .at(Point::Restore, Fault::Fail(ErrorCode::ResumeFailed));
     assert_eq!(world.touch(&id).await.unwrap_err().code, ErrorCode::ResumeFailed);
     let view = world.view(&id).await;
-    assert_eq!((view.status, view.last_error.unwrap().code), (MachineStatus::Paused, ErrorCode::ResumeFailed));
+    assert_eq!(
+        (view.status, view.last_error.unwrap().code),
+        (MachineStatus::Paused, ErrorCode::ResumeFailed)
+    );
     assert_eq!(world.exec(&id, "count").await, Ok(2));
     assert_eq!(world.view(&id).await.last_error, None);
 }
@@ -119,7 +151,10 @@ async fn a_guest_that_powers_off_is_stopped_and_boots_when_it_is_needed() {
     world.exec(&id, "write").await.unwrap();
     world.host.live(&id)[0].end(ExitReason::Shutdown);
     world.reaches(&id, MachineStatus::Stopped).await;
-    assert_eq!(world.pause(&id).await.unwrap_err().code, ErrorCode::MachineNotReady);
+    assert_eq!(
+        world.pause(&id).await.unwrap_err().code,
+        ErrorCode::MachineNotReady
+    );
     assert_eq!(world.exec(&id, "read").await, Ok(1));
     assert_eq!(world.host.n_boots(), 2);
     assert_eq!(world.count(&id, "machine.stopped").await, 1);
@@ -144,7 +179,10 @@ async fn a_guest_that_reboots_gets_a_new_execution() {
 #[tokio::test]
 async fn a_create_that_fails_leaves_nothing() {
     let world = World::new();
-    world.host.faults().at(Point::Boot, Fault::Fail(ErrorCode::BootFailed));
+    world
+        .host
+        .faults()
+        .at(Point::Boot, Fault::Fail(ErrorCode::BootFailed));
     let body = serde_json::json!({ "name": "half", "services": [{ "port": 80 }] });
     let error = world.create_from(body.clone()).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::BootFailed);
@@ -158,7 +196,10 @@ async fn a_create_that_fails_leaves_nothing() {
 async fn a_deletion_that_fails_is_taken_up_again() {
     let world = World::new();
     let id = world.create().await;
-    world.host.faults().at(Point::DeleteFiles, Fault::Fail(ErrorCode::Internal));
+    world
+        .host
+        .faults()
+        .at(Point::DeleteFiles, Fault::Fail(ErrorCode::Internal));
     assert_eq!(world.delete(&id).await.unwrap_err().code, ErrorCode::Internal);
     assert_eq!(world.status(&id).await, MachineStatus::Deleting);
     world.delete(&id).await.unwrap();

@@ -10,7 +10,10 @@ const MINUTE: Duration = Duration::from_secs(60);
 
 async fn leased(world: &World, lease: serde_json::Value) -> MachineId {
     tokio::spawn(leases::run(world.fleet.clone()));
-    world.create_from(serde_json::json!({ "lease": lease })).await.unwrap()
+    world
+        .create_from(serde_json::json!({ "lease": lease }))
+        .await
+        .unwrap()
 }
 
 /// Move the clock by this much once the timer sleeps until then.
@@ -27,7 +30,11 @@ async fn a_lease_pauses_and_a_wake_starts_the_window_anew() {
     assert_eq!(world.view(&id).await.lease.unwrap().remaining_ms, Some(60_000));
     pass(&world, MINUTE).await;
     world.reaches(&id, MachineStatus::Paused).await;
-    assert_eq!(world.view(&id).await.lease.unwrap().deadline_unix_ms, None, "time asleep does not count");
+    assert_eq!(
+        world.view(&id).await.lease.unwrap().deadline_unix_ms,
+        None,
+        "time asleep does not count"
+    );
     world.clock.advance(MINUTE * 600);
     world.resume(&id).await.unwrap();
     assert_eq!(world.view(&id).await.lease.unwrap().remaining_ms, Some(60_000));
@@ -65,7 +72,10 @@ async fn a_lease_that_is_moved_before_the_pause_commits_is_not_carried_out() {
 async fn a_lease_pause_that_fails_is_tried_again_after_a_while() {
     let world = World::new();
     let id = leased(&world, serde_json::json!({ "seconds": 60, "action": "pause" })).await;
-    world.host.faults().at(Point::Persist, Fault::Fail(ErrorCode::DiskFull));
+    world
+        .host
+        .faults()
+        .at(Point::Persist, Fault::Fail(ErrorCode::DiskFull));
     pass(&world, MINUTE).await;
     while world.view(&id).await.last_error.is_none() {
         tokio::task::yield_now().await;
@@ -78,7 +88,10 @@ async fn a_lease_pause_that_fails_is_tried_again_after_a_while() {
 
 #[tokio::test]
 async fn a_sliding_lease_follows_use_and_an_absolute_one_does_not() {
-    for (mode, expected) in [("sliding", MachineStatus::Running), ("absolute", MachineStatus::Paused)] {
+    for (mode, expected) in [
+        ("sliding", MachineStatus::Running),
+        ("absolute", MachineStatus::Paused),
+    ] {
         let world = World::new();
         let lease = serde_json::json!({ "seconds": 60, "action": "pause", "mode": mode });
         let id = leased(&world, lease).await;
@@ -100,7 +113,11 @@ async fn a_sliding_lease_follows_use_and_an_absolute_one_does_not() {
 async fn a_year_of_leases_neither_drifts_nor_stops() {
     let world = World::new();
     let day = MINUTE * 60 * 24;
-    let id = leased(&world, serde_json::json!({ "seconds": 86_400, "action": "pause" })).await;
+    let id = leased(
+        &world,
+        serde_json::json!({ "seconds": 86_400, "action": "pause" }),
+    )
+    .await;
     for n_days in 1..=365 {
         pass(&world, day).await;
         world.reaches(&id, MachineStatus::Paused).await;

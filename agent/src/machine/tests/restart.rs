@@ -1,28 +1,40 @@
 //! torpord is killed at any point and started again over the same host and store.
 
+use super::super::hypervisor::MachineSpec;
 use super::super::simulated::Point;
 use super::*;
 use crate::store::{NewEvent, NewMachine};
-use super::super::hypervisor::MachineSpec;
 use torpor_api::ErrorCode;
 
 #[tokio::test]
 async fn a_running_machine_is_taken_over_as_it_runs() {
     let mut world = World::new();
-    let id = world.create_from(serde_json::json!({ "lease": { "seconds": 60, "action": "pause" } })).await.unwrap();
+    let id = world
+        .create_from(serde_json::json!({ "lease": { "seconds": 60, "action": "pause" } }))
+        .await
+        .unwrap();
     world.exec(&id, "count").await.unwrap();
     let before = world.view(&id).await;
     world.restart().await;
     world.reaches(&id, MachineStatus::Running).await;
     assert_eq!(world.exec(&id, "count").await, Ok(2));
     let after = world.view(&id).await;
-    assert_eq!((after.execution_id, after.lease), (before.execution_id, before.lease));
+    assert_eq!(
+        (after.execution_id, after.lease),
+        (before.execution_id, before.lease)
+    );
     assert_eq!(world.host.n_restores(), 0);
 }
 
 #[tokio::test]
 async fn a_kill_at_any_point_of_a_pause_or_wake_loses_nothing() {
-    for point in [Point::Freeze, Point::Persist, Point::Persisted, Point::Quit, Point::Restore] {
+    for point in [
+        Point::Freeze,
+        Point::Persist,
+        Point::Persisted,
+        Point::Quit,
+        Point::Restore,
+    ] {
         let mut world = World::new();
         let id = world.create().await;
         world.exec(&id, "count").await.unwrap();
@@ -105,7 +117,10 @@ async fn a_machine_that_was_being_created_is_rolled_back() {
     while world.fleet.view(&id).await.is_ok() {
         tokio::task::yield_now().await;
     }
-    assert_eq!(world.fleet.view(&id).await.unwrap_err().code, ErrorCode::MachineNotFound);
+    assert_eq!(
+        world.fleet.view(&id).await.unwrap_err().code,
+        ErrorCode::MachineNotFound
+    );
 }
 
 #[tokio::test]
@@ -128,8 +143,15 @@ async fn a_deletion_that_was_cut_short_is_finished() {
 async fn the_vmm_of_a_machine_that_nobody_knows_is_ended() {
     let mut world = World::new();
     let id = world.create().await;
-    let event = world.fleet.event(&id, "machine.deleted", "api", serde_json::Value::Null);
-    world.fleet.store().remove_machine(id.clone(), event).await.unwrap();
+    let event = world
+        .fleet
+        .event(&id, "machine.deleted", "api", serde_json::Value::Null);
+    world
+        .fleet
+        .store()
+        .remove_machine(id.clone(), event)
+        .await
+        .unwrap();
     world.restart().await;
     assert!(world.host.live(&id).is_empty());
 }
@@ -137,11 +159,17 @@ async fn the_vmm_of_a_machine_that_nobody_knows_is_ended() {
 #[tokio::test]
 async fn services_keep_their_ports() {
     let mut world = World::new();
-    let id = world.create_from(serde_json::json!({ "services": [{ "port": 80 }, { "port": 81 }] })).await.unwrap();
+    let id = world
+        .create_from(serde_json::json!({ "services": [{ "port": 80 }, { "port": 81 }] }))
+        .await
+        .unwrap();
     let before = world.view(&id).await.services;
     world.restart().await;
     assert_eq!(world.view(&id).await.services, before);
     for service in before {
-        assert_eq!(world.fleet.routes().find(service.listen_port).unwrap().port, service.port);
+        assert_eq!(
+            world.fleet.routes().find(service.listen_port).unwrap().port,
+            service.port
+        );
     }
 }

@@ -13,8 +13,14 @@ async fn a_pause_and_a_wake_keep_memory_and_change_the_execution() {
     assert_eq!(world.exec(&id, "count").await, Ok(1));
     world.pause(&id).await.unwrap();
     let asleep = world.view(&id).await;
-    assert_eq!((asleep.status, asleep.execution_id, asleep.pauses), (MachineStatus::Paused, None, 1));
-    assert!(world.host.live(&id).is_empty(), "a paused machine costs no process");
+    assert_eq!(
+        (asleep.status, asleep.execution_id, asleep.pauses),
+        (MachineStatus::Paused, None, 1)
+    );
+    assert!(
+        world.host.live(&id).is_empty(),
+        "a paused machine costs no process"
+    );
     assert_eq!(world.exec(&id, "count").await, Ok(2));
     let second = world.view(&id).await;
     assert_ne!(first.execution_id, second.execution_id);
@@ -46,9 +52,10 @@ async fn a_thousand_wakes_are_one_restore() {
         .map(|_| {
             let (fleet, id) = (world.fleet.clone(), id.clone());
             tokio::spawn(async move {
-                fleet.wake(&id, WakeSource::Http, serde_json::Value::Null).await.map(|woken| {
-                    woken.pass.epoch().execution.id().clone()
-                })
+                fleet
+                    .wake(&id, WakeSource::Http, serde_json::Value::Null)
+                    .await
+                    .map(|woken| woken.pass.epoch().execution.id().clone())
             })
         })
         .collect();
@@ -79,7 +86,10 @@ async fn a_wake_at_any_point_of_a_pause_wins_at_once() {
         hold.arrived().await;
         assert_eq!(world.status(&id).await, MachineStatus::Pausing, "{point:?}");
         world.touch(&id).await.unwrap();
-        assert_eq!(pause.await.unwrap().unwrap_err().code, ErrorCode::TransitionInProgress);
+        assert_eq!(
+            pause.await.unwrap().unwrap_err().code,
+            ErrorCode::TransitionInProgress
+        );
         assert_eq!(world.exec(&id, "count").await, Ok(2), "{point:?}");
         assert_eq!(world.view(&id).await.execution_id, before);
         assert_eq!(world.host.n_restores(), 0);
@@ -102,7 +112,12 @@ async fn a_wake_during_the_eviction_restores_right_after_it() {
     hold.arrived().await;
     let wake = tokio::spawn({
         let (fleet, id) = (world.fleet.clone(), id.clone());
-        async move { fleet.wake(&id, WakeSource::Http, serde_json::Value::Null).await.map(drop) }
+        async move {
+            fleet
+                .wake(&id, WakeSource::Http, serde_json::Value::Null)
+                .await
+                .map(drop)
+        }
     });
     tokio::task::yield_now().await;
     hold.release();
@@ -115,15 +130,26 @@ async fn a_wake_during_the_eviction_restores_right_after_it() {
 async fn a_pause_waits_for_requests_in_flight() {
     let world = World::new();
     let id = world.create().await;
-    let request = world.fleet.wake(&id, WakeSource::Http, serde_json::Value::Null).await.unwrap();
+    let request = world
+        .fleet
+        .wake(&id, WakeSource::Http, serde_json::Value::Null)
+        .await
+        .unwrap();
     let pause = tokio::spawn({
         let (fleet, id) = (world.fleet.clone(), id.clone());
         async move { fleet.pause(&id, PauseOrder::by("api")).await }
     });
     world.reaches(&id, MachineStatus::Pausing).await;
-    assert_eq!(world.host.live(&id)[0].state(), torpor_api::vmm::VmmState::Running);
+    assert_eq!(
+        world.host.live(&id)[0].state(),
+        torpor_api::vmm::VmmState::Running
+    );
     world.touch(&id).await.unwrap();
-    assert_eq!(world.status(&id).await, MachineStatus::Pausing, "the gate is open while requests are let out");
+    assert_eq!(
+        world.status(&id).await,
+        MachineStatus::Pausing,
+        "the gate is open while requests are let out"
+    );
     drop(request);
     pause.await.unwrap().unwrap();
     assert_eq!(world.status(&id).await, MachineStatus::Paused);
@@ -131,26 +157,52 @@ async fn a_pause_waits_for_requests_in_flight() {
 
 #[tokio::test]
 async fn a_request_that_never_ends_cannot_hold_off_a_pause() {
-    let world = World::with(Settings { drain_grace: Duration::from_millis(20), ..Settings::default() });
+    let world = World::with(Settings {
+        drain_grace: Duration::from_millis(20),
+        ..Settings::default()
+    });
     let id = world.create().await;
-    let request = world.fleet.wake(&id, WakeSource::Http, serde_json::Value::Null).await.unwrap();
+    let request = world
+        .fleet
+        .wake(&id, WakeSource::Http, serde_json::Value::Null)
+        .await
+        .unwrap();
     world.pause(&id).await.unwrap();
-    assert!(request.pass.epoch().over.is_cancelled(), "whoever is inside is told that it is over");
+    assert!(
+        request.pass.epoch().over.is_cancelled(),
+        "whoever is inside is told that it is over"
+    );
 }
 
 #[tokio::test]
 async fn switches_that_are_off_let_nobody_wake() {
     let world = World::new();
     let wake = serde_json::json!({ "http": false, "ssh": false, "tcp": true, "api": false });
-    let id = world.create_from(serde_json::json!({ "wake": wake })).await.unwrap();
+    let id = world
+        .create_from(serde_json::json!({ "wake": wake }))
+        .await
+        .unwrap();
     world.touch(&id).await.expect("an awake machine takes everybody");
     world.pause(&id).await.unwrap();
-    assert_eq!(world.touch(&id).await.unwrap_err().code, ErrorCode::AutoResumeDisabled);
-    assert_eq!(world.exec(&id, "count").await.unwrap_err().code, ErrorCode::AutoResumeDisabled);
+    assert_eq!(
+        world.touch(&id).await.unwrap_err().code,
+        ErrorCode::AutoResumeDisabled
+    );
+    assert_eq!(
+        world.exec(&id, "count").await.unwrap_err().code,
+        ErrorCode::AutoResumeDisabled
+    );
     assert_eq!(world.status(&id).await, MachineStatus::Paused);
-    world.resume(&id).await.expect("an explicit resume needs no switch");
+    world
+        .resume(&id)
+        .await
+        .expect("an explicit resume needs no switch");
     world.pause(&id).await.unwrap();
-    world.fleet.wake(&id, WakeSource::Tcp, serde_json::Value::Null).await.expect("the TCP switch is on");
+    world
+        .fleet
+        .wake(&id, WakeSource::Tcp, serde_json::Value::Null)
+        .await
+        .expect("the TCP switch is on");
 }
 
 #[tokio::test]
@@ -168,7 +220,10 @@ async fn pause_and_resume_can_be_repeated() {
 
 #[tokio::test]
 async fn a_slow_wake_times_out_and_goes_on() {
-    let world = World::with(Settings { wake_timeout: Duration::from_millis(20), ..Settings::default() });
+    let world = World::with(Settings {
+        wake_timeout: Duration::from_millis(20),
+        ..Settings::default()
+    });
     let id = world.create().await;
     world.pause(&id).await.unwrap();
     let hold = world.host.faults().hold(Point::Restore);
@@ -181,7 +236,13 @@ async fn a_slow_wake_times_out_and_goes_on() {
 
 #[tokio::test]
 async fn deleting_ends_in_every_state() {
-    for point in [None, Some(Point::Freeze), Some(Point::Persist), Some(Point::Persisted), Some(Point::Restore)] {
+    for point in [
+        None,
+        Some(Point::Freeze),
+        Some(Point::Persist),
+        Some(Point::Persisted),
+        Some(Point::Restore),
+    ] {
         let world = World::new();
         let id = world.create().await;
         let _held = match point {
@@ -205,11 +266,18 @@ async fn deleting_ends_in_every_state() {
         };
         let alias = world.view(&id).await.execution_id;
         world.delete(&id).await.unwrap();
-        assert_eq!(world.fleet.view(&id).await.unwrap_err().code, ErrorCode::MachineNotFound, "{point:?}");
+        assert_eq!(
+            world.fleet.view(&id).await.unwrap_err().code,
+            ErrorCode::MachineNotFound,
+            "{point:?}"
+        );
         assert!(world.host.machines_with_files().is_empty(), "{point:?}");
         assert!(world.host.live(&id).is_empty(), "{point:?}");
         if let Some(alias) = alias {
-            assert!(world.fleet.resolve(alias.as_str()).await.is_err(), "an alias ends with its machine");
+            assert!(
+                world.fleet.resolve(alias.as_str()).await.is_err(),
+                "an alias ends with its machine"
+            );
         }
         assert_eq!(world.count(&id, "machine.deleted").await, 1);
     }
@@ -217,7 +285,10 @@ async fn deleting_ends_in_every_state() {
 
 #[tokio::test]
 async fn a_host_without_memory_refuses_a_create_and_queues_a_wake() {
-    let world = World::with(Settings { max_running_mem_mib: 300, ..Settings::default() });
+    let world = World::with(Settings {
+        max_running_mem_mib: 300,
+        ..Settings::default()
+    });
     let first = world.create().await;
     let refused = world.create_from(serde_json::json!({})).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::CapacityExceeded);
@@ -225,7 +296,12 @@ async fn a_host_without_memory_refuses_a_create_and_queues_a_wake() {
     let second = world.create().await;
     let wake = tokio::spawn({
         let (fleet, id) = (world.fleet.clone(), first.clone());
-        async move { fleet.wake(&id, WakeSource::Http, serde_json::Value::Null).await.map(drop) }
+        async move {
+            fleet
+                .wake(&id, WakeSource::Http, serde_json::Value::Null)
+                .await
+                .map(drop)
+        }
     });
     world.reaches(&first, MachineStatus::Waking).await;
     assert_eq!(world.host.n_restores(), 0);
@@ -243,7 +319,10 @@ async fn requests_at_random_instants_of_pausing_and_waking_never_fail() {
             let (fleet, id) = (world.fleet.clone(), id.clone());
             tokio::spawn(async move {
                 for _ in 0..250 {
-                    let request = ExecRequest { argv: vec!["count".to_owned()], ..ExecRequest::default() };
+                    let request = ExecRequest {
+                        argv: vec!["count".to_owned()],
+                        ..ExecRequest::default()
+                    };
                     fleet.exec(&id, request).await.unwrap();
                     tokio::task::yield_now().await;
                 }
@@ -263,5 +342,9 @@ async fn requests_at_random_instants_of_pausing_and_waking_never_fail() {
         request.await.unwrap();
     }
     pauses.abort();
-    assert_eq!(world.exec(&id, "count").await, Ok(2001), "no count was lost or repeated");
+    assert_eq!(
+        world.exec(&id, "count").await,
+        Ok(2001),
+        "no count was lost or repeated"
+    );
 }
