@@ -73,7 +73,7 @@ fn requests_that_come_just_as_the_device_stops_looking_are_served() {
         machine.fill(BUFFERS, &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
         let name = writable(BUFFERS + 64, 21);
         let chain = [readable(BUFFERS, 16), name];
-        for _ in 0..20_000 {
+        for _ in 0..60_000 {
             ring.push(&machine, &chain);
             ring.kick(&machine);
             let mut n_looks = 0;
