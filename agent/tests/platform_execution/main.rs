@@ -112,6 +112,21 @@ fn on_a_host(test: impl AsyncFnOnce(&mut Host) + Send + 'static) {
     thread.join().unwrap();
 }
 
+/// A life of torpord that ends as by SIGKILL: its tasks stop where they are, and what `work` forgets is not
+/// cleaned up.
+fn until_killed<T: Send>(work: impl AsyncFnOnce() -> T + Send) -> T {
+    let live = || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let result = runtime.block_on(work());
+        runtime.shutdown_background();
+        result
+    };
+    std::thread::scope(|scope| scope.spawn(live).join().unwrap())
+}
+
 fn make_template(dir: &Path) {
     fs::create_dir_all(dir).unwrap();
     fs::write(dir.join("vmlinux"), b"kernel").unwrap();
@@ -444,16 +459,18 @@ fn the_end_of_a_guest_and_the_death_of_a_vmm_are_told_apart() {
 #[test]
 fn a_restarted_torpord_takes_running_machines_over_and_ends_blank_vmms() {
     on_a_host(async |host| {
-        let platform = host.start("well").await;
-        let machine = host.machine(&platform).await;
-        let execution = boot(&platform, &machine).await.unwrap();
-        platform.blanks_settled().await;
-        platform.slots().settled().await;
-        let before = host.record(execution.id().as_str());
+        let (machine, name) = until_killed(async || {
+            let platform = host.start("well").await;
+            let machine = host.machine(&platform).await;
+            let execution = boot(&platform, &machine).await.unwrap();
+            platform.blanks_settled().await;
+            platform.slots().settled().await;
+            let name = execution.id().clone();
+            std::mem::forget((platform, execution));
+            (machine, name)
+        });
+        let before = host.record(name.as_str());
         assert_eq!(host.run_dirs().len(), 2);
-        // As if killed: nothing is dropped, so nothing is cleaned up.
-        let name = execution.id().clone();
-        std::mem::forget((platform, execution));
 
         let platform = host.start("well").await;
         assert_eq!(host.run_dirs(), BTreeSet::from([name.to_string()]));
@@ -483,17 +500,20 @@ fn a_restarted_torpord_takes_running_machines_over_and_ends_blank_vmms() {
 #[test]
 fn an_image_that_became_durable_while_torpord_was_away_gets_its_manifest() {
     on_a_host(async |host| {
-        let platform = host.start("persist_unheard").await;
-        let machine = host.machine(&platform).await;
-        let execution = boot(&platform, &machine).await.unwrap();
-        execution.freeze().await.unwrap();
-        let durable = async { while execution.status().await.unwrap().state != VmmState::Durable {} };
-        tokio::select! {
-            persisted = execution.persist(1) => panic!("nobody told it: {persisted:?}"),
-            () = durable => {}
-        }
-        assert_eq!(platform.inspect_image(&machine.id).await, ImageState::None);
-        std::mem::forget((platform, execution));
+        let machine = until_killed(async || {
+            let platform = host.start("persist_unheard").await;
+            let machine = host.machine(&platform).await;
+            let execution = boot(&platform, &machine).await.unwrap();
+            execution.freeze().await.unwrap();
+            let durable = async { while execution.status().await.unwrap().state != VmmState::Durable {} };
+            tokio::select! {
+                persisted = execution.persist(1) => panic!("nobody told it: {persisted:?}"),
+                () = durable => {}
+            }
+            assert_eq!(platform.inspect_image(&machine.id).await, ImageState::None);
+            std::mem::forget((platform, execution));
+            machine
+        });
 
         let platform = host.start("well").await;
         let adopted = platform.adopt().await.pop().unwrap();

@@ -54,6 +54,21 @@ while True:
         thread.join().unwrap();
     }
 
+    /// A life of torpord that ends as by SIGKILL: its tasks stop where they are, and what `work` forgets is not
+    /// cleaned up.
+    fn until_killed<T: Send>(work: impl AsyncFnOnce() -> T + Send) -> T {
+        let live = || {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
+            let result = runtime.block_on(work());
+            runtime.shutdown_background();
+            result
+        };
+        std::thread::scope(|scope| scope.spawn(live).join().unwrap())
+    }
+
     fn installed(variable: &str, default: &str) -> PathBuf {
         std::env::var_os(variable).map_or_else(|| PathBuf::from(default), PathBuf::from)
     }
@@ -145,44 +160,50 @@ while True:
         execution.quit().await;
     }
 
+    async fn sleep_and_wake(platform: &Platform, machine: &MachineSpec) -> Arc<dyn Execution> {
+        let execution = match platform.boot(machine, &ExecutionId::generate()).await {
+            Ok(execution) => execution,
+            Err(error) => {
+                let console = platform.console_tail(&machine.id, 4000).await.unwrap();
+                panic!("{error:?}\n{}", String::from_utf8_lossy(&console));
+            }
+        };
+        run(&*execution, &["sh", "-c", "echo kept >/root/file"], false).await;
+        run(&*execution, &["python3", "-c", COUNTER], true).await;
+        assert_eq!(count(&*execution).await, "1");
+        sleep_as(&*execution, 1).await;
+        assert_eq!(
+            platform.inspect_image(&machine.id).await,
+            ImageState::Valid { generation: 1 }
+        );
+
+        let (execution, stages) = platform
+            .restore(machine, &ExecutionId::generate(), 1)
+            .await
+            .unwrap();
+        println!("wake: {stages:?}");
+        assert_eq!(count(&*execution).await, "2");
+        execution.first_byte();
+        assert_clock_is_right(&*execution).await;
+        assert_eq!(run(&*execution, &["cat", "/root/file"], false).await, "kept\n");
+        execution.freeze().await.unwrap();
+        println!("run: {:?}", execution.run().await.unwrap());
+        assert_eq!(count(&*execution).await, "3");
+        execution
+    }
+
     #[test]
     fn memory_disk_network_and_clock_of_a_machine_survive_its_sleep_and_a_restart_of_torpord() {
         on_a_host(async |dir| {
-            let platform = start(dir).await;
-            let machine = machine(&platform).await;
-            let execution = platform.boot(&machine, &ExecutionId::generate()).await;
-            let execution = match execution {
-                Ok(execution) => execution,
-                Err(error) => {
-                    let console = platform.console_tail(&machine.id, 4000).await.unwrap();
-                    panic!("{error:?}\n{}", String::from_utf8_lossy(&console));
-                }
-            };
-            run(&*execution, &["sh", "-c", "echo kept >/root/file"], false).await;
-            run(&*execution, &["python3", "-c", COUNTER], true).await;
-            assert_eq!(count(&*execution).await, "1");
-            sleep_as(&*execution, 1).await;
-            assert_eq!(
-                platform.inspect_image(&machine.id).await,
-                ImageState::Valid { generation: 1 }
-            );
+            let (machine, name) = until_killed(async || {
+                let platform = start(dir).await;
+                let machine = machine(&platform).await;
+                let execution = sleep_and_wake(&platform, &machine).await;
+                let name = execution.id().clone();
+                std::mem::forget((platform, execution));
+                (machine, name)
+            });
 
-            let (execution, stages) = platform
-                .restore(&machine, &ExecutionId::generate(), 1)
-                .await
-                .unwrap();
-            println!("wake: {stages:?}");
-            assert_eq!(count(&*execution).await, "2");
-            execution.first_byte();
-            assert_clock_is_right(&*execution).await;
-            assert_eq!(run(&*execution, &["cat", "/root/file"], false).await, "kept\n");
-            execution.freeze().await.unwrap();
-            println!("run: {:?}", execution.run().await.unwrap());
-            assert_eq!(count(&*execution).await, "3");
-
-            // torpord is killed and started again.
-            let name = execution.id().clone();
-            std::mem::forget((platform, execution));
             let platform = start(dir).await;
             let adopted = platform.adopt().await.pop().unwrap();
             assert_eq!(
