@@ -112,6 +112,7 @@ async fn run(config: &Config) -> Result<()> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     ended.cancel();
     proxy.shutdown(SHUTDOWN_GRACE).await;
+    fleet.halt().await;
     platform.stop().await;
     Ok(())
 }

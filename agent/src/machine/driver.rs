@@ -37,6 +37,9 @@ use waiters::Waiters;
 /// A commit that failed is tried again after this long, as long as the machine is awake.
 const COMMIT_RETRY: Duration = Duration::from_secs(1);
 
+/// A VMM that was found may take this long to say what it persisted last.
+const ADOPTION_PATIENCE: Duration = Duration::from_secs(5);
+
 /// What everybody may know of a machine that has a driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Live {
@@ -85,6 +88,8 @@ pub(super) struct Driver {
     permit: Option<OwnedSemaphorePermit>,
     /// No image of this generation or below is written again.
     image_floor: u64,
+    /// Generation of the image that was last found complete on disk.
+    image_found: u64,
     persisted: Option<PersistStats>,
     pause: PauseOrder,
     wake: WakeOrder,
@@ -192,6 +197,7 @@ impl Driver {
         };
         Self {
             image_floor: found.row.image_generation.max(on_disk),
+            image_found: on_disk,
             row: found.row.clone(),
             state: found.row.committed.at_rest(),
             id,
@@ -218,7 +224,8 @@ impl Driver {
     /// Begin where the row, the VMM and the image say.
     async fn take_up(&mut self, found: Found, (state, effects): Step) {
         if let Some((execution, _)) = found.vmm {
-            self.hold(execution, None).await;
+            self.adopt(execution).await;
+            self.gate.touch(self.shared.clock.now_unix_ms());
         }
         self.state = state;
         self.publish(effects);
@@ -381,19 +388,19 @@ impl Driver {
             .let_in(&self.gate, self.shared.clock.now_unix_ms(), self.report.as_ref());
     }
 
-    /// Take an execution as the machine's live one.
-    async fn hold(&mut self, execution: Arc<dyn Execution>, permit: Option<OwnedSemaphorePermit>) {
-        if let Ok(status) = execution.status().await {
+    /// Take over an execution of a torpord before.
+    async fn adopt(&mut self, execution: Arc<dyn Execution>) {
+        if let Ok(Ok(status)) = tokio::time::timeout(ADOPTION_PATIENCE, execution.status()).await {
             self.persisted = status.persisted;
-            self.image_floor = self
-                .image_floor
-                .max(status.persisted.map_or(0, |stats| stats.generation));
+            let persisted = status.persisted.map_or(0, |stats| stats.generation);
+            self.image_floor = self.image_floor.max(persisted);
         }
-        let permit = permit.or_else(|| self.shared.try_admit(self.row.spec.mem_mib));
-        self.hold_fresh(execution, permit);
+        let permit = self.shared.try_admit(self.row.spec.mem_mib);
+        self.hold(execution, permit);
     }
 
-    fn hold_fresh(&mut self, execution: Arc<dyn Execution>, permit: Option<OwnedSemaphorePermit>) {
+    /// Take an execution as the machine's live one.
+    fn hold(&mut self, execution: Arc<dyn Execution>, permit: Option<OwnedSemaphorePermit>) {
         self.exit = Some(execution.exited());
         self.epoch = Some(Epoch::of(execution));
         self.permit = permit;
@@ -444,7 +451,7 @@ impl Driver {
                             self.fail(MachineError::new(ErrorCode::Internal, message));
                         }
                         self.image_floor = self.image_floor.max(generation);
-                        self.row.image_generation = generation;
+                        self.image_found = generation;
                         Event::LostImageKept
                     }
                     ImageState::Valid { .. }

@@ -23,6 +23,8 @@ use crate::store::{MachineRow, NewEvent, Store};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use torpor_api::http::{ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
@@ -98,6 +100,8 @@ pub struct Shared {
     pub(super) routes: Arc<Routes>,
     pub(super) memory: Arc<Semaphore>,
     pub(super) leases_changed: Notify,
+    pub(super) tasks: TaskTracker,
+    pub(super) halted: CancellationToken,
     pub(super) settings: Settings,
 }
 
@@ -133,6 +137,8 @@ impl Fleet {
                 routes: Arc::default(),
                 memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
                 leases_changed: Notify::new(),
+                tasks: TaskTracker::new(),
+                halted: CancellationToken::new(),
                 settings,
             }),
         }
@@ -296,6 +302,13 @@ impl Fleet {
         }
     }
 
+    /// Stop every driver where it stands. VMMs live on; the next torpord takes them over.
+    pub async fn halt(&self) {
+        self.shared.halted.cancel();
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
+
     /// The machine's row and what its driver shows, in an order in which neither is older than the call.
     pub(super) async fn look(&self, id: &MachineId) -> Result<(MachineRow, Option<Live>), MachineError> {
         let handle = self.shared.registry.find(id);
@@ -316,6 +329,9 @@ impl Fleet {
         command: impl Fn(oneshot::Sender<Result<T, MachineError>>) -> Command,
     ) -> Result<T, MachineError> {
         loop {
+            if self.shared.halted.is_cancelled() {
+                return Err(MachineError::new(ErrorCode::ResumeFailed, "torpord is ending"));
+            }
             let handle = self.driver(id, Entry::Load);
             let (reply, answer) = oneshot::channel();
             if handle.commands.send(command(reply)).await.is_err() {
@@ -357,7 +373,8 @@ impl Fleet {
                 Arc::clone(&gate),
                 entry,
             );
-            tokio::spawn(task);
+            let halted = self.shared.halted.clone();
+            self.shared.tasks.spawn(async move { halted.run_until_cancelled(task).await });
             Handle { commands, live, gate }
         })
     }

@@ -7,8 +7,9 @@
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
+use torpor_api::vmm::ExitReason;
 use torpor_proxy::Activity;
 
 use super::hypervisor::Execution;
@@ -28,6 +29,7 @@ pub struct Epoch {
     pub execution: Arc<dyn Execution>,
     /// Cancelled when the execution is over.
     pub over: CancellationToken,
+    exited: watch::Receiver<Option<ExitReason>>,
     inside: AtomicUsize,
     left: Notify,
 }
@@ -37,6 +39,7 @@ impl Epoch {
     #[must_use]
     pub fn of(execution: Arc<dyn Execution>) -> Arc<Self> {
         Arc::new(Self {
+            exited: execution.exited(),
             execution,
             over: CancellationToken::new(),
             inside: AtomicUsize::new(0),
@@ -88,7 +91,8 @@ impl Gate {
     #[must_use]
     pub fn enter(&self, now_unix_ms: u64) -> Option<Pass> {
         let open = self.lock();
-        let epoch = open.as_ref()?;
+        // The driver may not have heard yet; it will before it hears of whoever is turned away here.
+        let epoch = open.as_ref().filter(|epoch| epoch.exited.borrow().is_none())?;
         epoch.inside.fetch_add(1, Ordering::AcqRel);
         self.last_entered_unix_ms.fetch_max(now_unix_ms, Ordering::AcqRel);
         Some(Pass(Arc::clone(epoch)))
@@ -112,6 +116,11 @@ impl Gate {
                 left.await;
             }
         }
+    }
+
+    /// Count now as the last time that somebody went in: what was before torpord started is not known.
+    pub fn touch(&self, now_unix_ms: u64) {
+        self.last_entered_unix_ms.fetch_max(now_unix_ms, Ordering::AcqRel);
     }
 
     /// Where payload bytes of this machine are counted.

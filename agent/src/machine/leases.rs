@@ -18,6 +18,11 @@ const CLAIMED_AT_ONCE: u32 = 64;
 
 /// Carry out leases for as long as the process lives.
 pub async fn run(fleet: Fleet) {
+    let halted = fleet.shared.halted.clone();
+    halted.run_until_cancelled(keep_time(fleet)).await;
+}
+
+async fn keep_time(fleet: Fleet) {
     let mut seen_bytes = HashMap::new();
     loop {
         let changed = fleet.shared.leases_changed.notified();

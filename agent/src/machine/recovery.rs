@@ -6,6 +6,7 @@ use super::driver::{Entry, Found};
 use super::error::MachineError;
 use super::fleet::Fleet;
 use super::hypervisor::{Adopted, ImageState};
+use super::registry::Handle;
 use crate::store::MachineRow;
 use std::collections::HashMap;
 use torpor_api::MachineId;
@@ -22,13 +23,14 @@ impl Fleet {
         for found in self.shared.hypervisor.adopt().await {
             adopted.entry(found.machine.clone()).or_default().push(found);
         }
+        let mut taken_up = Vec::new();
         for row in rows {
             let vmms = adopted.remove(&row.spec.id).unwrap_or_default();
-            self.take_up(row, vmms).await;
+            taken_up.push(self.take_up(row, vmms).await);
         }
         for (id, vmms) in adopted {
             match self.shared.store.machine(&id).await? {
-                Some(row) => self.take_up(row, vmms).await,
+                Some(row) => taken_up.push(self.take_up(row, vmms).await),
                 None => {
                     tracing::warn!(machine_id = %id, "VMM of an unknown machine is ended");
                     end(vmms).await;
@@ -41,10 +43,14 @@ impl Fleet {
                 tracing::error!(listen_port = port, %error, "service is not reachable");
             }
         }
+        // Nobody is shown a machine as its row says while its driver knows better.
+        for mut driver in taken_up {
+            let _ = driver.live.wait_for(|live| live.state.is_some()).await;
+        }
         Ok(())
     }
 
-    async fn take_up(&self, row: MachineRow, mut vmms: Vec<Adopted>) {
+    async fn take_up(&self, row: MachineRow, mut vmms: Vec<Adopted>) -> Handle {
         // Two VMMs of one machine cannot be; should they, the committed one is it.
         let live = vmms
             .iter()
@@ -61,7 +67,7 @@ impl Fleet {
         }
         let id = row.spec.id.clone();
         let vmm = kept.map(|adopted| (adopted.execution, adopted.state));
-        self.driver(&id, Entry::Found(Box::new(Found { row, vmm, image })));
+        self.driver(&id, Entry::Found(Box::new(Found { row, vmm, image })))
     }
 }
 

@@ -191,7 +191,8 @@ impl Store {
         .await
     }
 
-    /// Set or take away the lease. An awake machine gets a whole window from now.
+    /// Set or take away the lease, unless `check` refuses the row as it would be. An awake machine gets a whole
+    /// window from now.
     ///
     /// # Errors
     /// The machine is gone, or SQLite refuses.
@@ -200,6 +201,7 @@ impl Store {
         id: MachineId,
         lease: Option<LeasePolicy>,
         event: NewEvent,
+        check: fn(&MachineRow) -> Result<(), StoreError>,
     ) -> Result<MachineRow, StoreError> {
         self.write("set a lease", move |tx| {
             let deadline = lease.map(|lease| {
@@ -221,12 +223,14 @@ impl Store {
             )
             .map_err(sql("set a lease"))?;
             events::insert(tx, &event)?;
-            existing(tx, &id)
+            let row = existing(tx, &id)?;
+            check(&row)?;
+            Ok(row)
         })
         .await
     }
 
-    /// Change the wake switches that are given, unless `check` refuses what comes of it.
+    /// Change the wake switches that are given, unless `check` refuses the row as it would be.
     ///
     /// # Errors
     /// The machine is gone, or SQLite refuses.
@@ -235,6 +239,7 @@ impl Store {
         id: MachineId,
         patch: PatchWake,
         event: NewEvent,
+        check: fn(&MachineRow) -> Result<(), StoreError>,
     ) -> Result<MachineRow, StoreError> {
         self.write("change wake switches", move |tx| {
             tx.execute(
@@ -244,7 +249,9 @@ impl Store {
             )
             .map_err(sql("change wake switches"))?;
             events::insert(tx, &event)?;
-            existing(tx, &id)
+            let row = existing(tx, &id)?;
+            check(&row)?;
+            Ok(row)
         })
         .await
     }

@@ -3,6 +3,7 @@
 use super::events::{self, NewEvent};
 use super::rows::{self, MachineRow, ServiceRow, get, parse, service_kind, service_kind_text};
 use super::{Store, StoreError, sql};
+use crate::machine::state::Committed;
 use rusqlite::{Connection, OptionalExtension, params};
 use torpor_api::http::{ServiceKind, ServiceSpec};
 use torpor_api::{MachineId, limits};
@@ -101,6 +102,12 @@ impl Store {
         self.write("expose a service", move |tx| {
             let name = service_name(&spec);
             let row = existing(tx, &machine)?;
+            // Its ports are being closed.
+            if row.committed == Committed::Deleting {
+                return Err(StoreError::NoMachine {
+                    id: machine.to_string(),
+                });
+            }
             if let Some(service) = find(&row, &name) {
                 let same = service.port == spec.port && service.kind == spec.kind;
                 return if same {

@@ -145,7 +145,12 @@ async fn a_transition_of_another_generation_is_refused() {
         store.commit(id.clone(), running).await,
         Err(StoreError::Superseded { generation: 0, .. })
     ));
-    let mut paused = Transition::new(1, Committed::Paused, "lease", 3000);
+    store.claim_due_leases(62_000, 92_000, 8).await.unwrap();
+    let mut failed = Transition::new(1, Committed::Running, "lease", 62_001);
+    failed.lease = LeaseChange::KeepOrStart;
+    store.commit(id.clone(), failed).await.unwrap();
+    assert_eq!(store.next_lease_check().await.unwrap(), Some(92_000), "a failed lease waits for its next look");
+    let mut paused = Transition::new(2, Committed::Paused, "lease", 63_000);
     paused.only_if_deadline_unix_ms = Some(61_999);
     assert!(matches!(
         store.commit(id.clone(), paused.clone()).await,

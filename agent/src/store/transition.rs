@@ -131,6 +131,8 @@ fn update_row(connection: &Connection, row: &MachineRow, transition: &Transition
             .at_unix_ms
             .saturating_add(lease.seconds.saturating_mul(1000))
     });
+    // A deadline that stays keeps the time of its next look, too, or a lease that cannot be carried out would be
+    // tried without a pause.
     let deadline = match transition.lease {
         LeaseChange::Restart => window_end,
         LeaseChange::KeepOrStart => row.deadline_unix_ms.or(window_end),
@@ -139,7 +141,8 @@ fn update_row(connection: &Connection, row: &MachineRow, transition: &Transition
     connection
         .prepare_cached(
             "UPDATE machines SET state = ?3, generation = generation + 1, execution_id = ?4, \
-             image_generation = coalesce(?5, image_generation), deadline_unix_ms = ?6, lease_check_unix_ms = ?6, \
+             image_generation = coalesce(?5, image_generation), deadline_unix_ms = ?6, \
+             lease_check_unix_ms = iif(?6 IS deadline_unix_ms, lease_check_unix_ms, ?6), \
              pauses = pauses + ?7, wakes = wakes + ?8, last_error = ?9, last_used_unix_ms = ?10 \
              WHERE id = ?1 AND generation = ?2",
         )

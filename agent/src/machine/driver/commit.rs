@@ -61,7 +61,7 @@ impl Driver {
     /// The VMM went away, and the image on disk is what is left.
     pub(super) async fn commit_found_image(&mut self) {
         let mut transition = self.transition(Committed::Paused, "recovery");
-        transition.image_generation = Some(self.image_floor);
+        transition.image_generation = Some(self.image_found);
         transition.end_reason = "lost";
         let kind = match &self.failure {
             Some(error) => {
@@ -70,14 +70,14 @@ impl Driver {
             }
             None if self
                 .persisted
-                .is_some_and(|stats| stats.generation == self.image_floor) =>
+                .is_some_and(|stats| stats.generation == self.image_found) =>
             {
                 transition.counts_pause = true;
                 "machine.paused"
             }
             None => "machine.memory_rolled_back",
         };
-        let detail = json!({ "image_generation": self.image_floor, "error": self.failure.as_ref().map(|e| &e.message) });
+        let detail = json!({ "image_generation": self.image_found, "error": self.failure.as_ref().map(|e| &e.message) });
         self.commit(transition, kind, detail).await;
     }
 

@@ -2,15 +2,19 @@
 
 use super::super::error::MachineError;
 use super::super::fleet::Shared;
-use super::super::hypervisor::{HypervisorError, MachineSpec};
+use super::super::hypervisor::{Execution, HypervisorError, MachineSpec, Ran};
 use super::super::state::{Committed, Effect, Event};
 use super::operation::{Operation, Outcome, Up, WakeReport};
 use super::{Driver, Need};
 use crate::store::NewEvent;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
 use torpor_api::{ErrorCode, ExecutionId};
+
+/// How often a VMM is asked to set its guest free, and how long apart.
+const RUN_TRIES: u32 = 3;
+const RUN_RETRY: Duration = Duration::from_millis(50);
 
 impl Driver {
     pub(super) async fn perform(&mut self, effect: Effect, event: Option<Event>) {
@@ -112,7 +116,7 @@ impl Driver {
         };
         self.begin(
             Effect::Run,
-            async move { Outcome::Ran(epoch.execution.run().await) },
+            async move { Outcome::Ran(set_free(&*epoch.execution).await) },
         );
     }
 
@@ -184,6 +188,21 @@ async fn delete(
     shared.hypervisor.delete_files(id).await?;
     shared.store.remove_machine(id.clone(), event).await?;
     Ok(())
+}
+
+/// A guest that cannot be set free is lost, so a VMM that is alive is asked more than once.
+async fn set_free(execution: &dyn Execution) -> Result<Ran, HypervisorError> {
+    let mut n_tries = 1;
+    loop {
+        match execution.run().await {
+            Err(error) if n_tries < RUN_TRIES && execution.exited().borrow().is_none() => {
+                tracing::warn!(execution_id = %execution.id(), %error, "guest not set free, trying again");
+                n_tries += 1;
+                tokio::time::sleep(RUN_RETRY).await;
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 /// What a boot or a restore needs to know.

@@ -152,7 +152,7 @@ impl Driver {
     }
 
     fn came_up(&mut self, up: Up, event: Event) -> Event {
-        self.hold_fresh(up.execution, Some(up.permit));
+        self.hold(up.execution, Some(up.permit));
         self.report = Some(Arc::new(up.report));
         event
     }

@@ -3,6 +3,7 @@
 use super::super::driver::{Command, Need, PauseOrder, WakeOrder};
 use super::super::error::MachineError;
 use super::super::hypervisor::MachineSpec;
+use super::super::state::Committed;
 use super::{Fleet, cut};
 use crate::store::{Created, Idempotency, NewMachine, ServiceRoute};
 use std::sync::Arc;
@@ -33,6 +34,8 @@ impl Fleet {
                 }
                 id
             }
+            // Whatever became of it since is not this call's to change.
+            Created::Before(id) if self.look(&id).await?.0.committed != Committed::Creating => return Ok(id),
             Created::Before(id) => id,
         };
         let wake = WakeOrder {

@@ -2,7 +2,7 @@
 
 use super::super::error::MachineError;
 use super::Fleet;
-use crate::store::{ServiceRoute, ServiceRow};
+use crate::store::{MachineRow, ServiceRoute, ServiceRow, StoreError};
 use serde_json::json;
 use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
 use torpor_api::{ErrorCode, LeaseAction, LeasePolicy, MachineId};
@@ -20,16 +20,21 @@ pub fn check_lease_and_wake(lease: Option<LeasePolicy>, wake: WakePolicy) -> Res
     Ok(())
 }
 
+fn check_row(row: &MachineRow) -> Result<(), StoreError> {
+    check_lease_and_wake(row.lease, row.wake).map_err(|error| StoreError::Refused {
+        code: error.code,
+        reason: error.message,
+    })
+}
+
 impl Fleet {
     /// Set or take away the lease; an awake machine gets a whole window from now.
     ///
     /// # Errors
     /// The lease does not go with the wake switches, or the store refuses.
     pub async fn set_lease(&self, id: &MachineId, lease: Option<LeasePolicy>) -> Result<(), MachineError> {
-        let (row, _) = self.look(id).await?;
-        check_lease_and_wake(lease, row.wake)?;
         let event = self.event(id, "machine.lease_set", "api", json!({ "lease": lease }));
-        self.shared.store.set_lease(id.clone(), lease, event).await?;
+        self.shared.store.set_lease(id.clone(), lease, event, check_row).await?;
         self.shared.leases_changed.notify_one();
         Ok(())
     }
@@ -39,16 +44,8 @@ impl Fleet {
     /// # Errors
     /// They do not go with the lease, or the store refuses.
     pub async fn patch_wake(&self, id: &MachineId, patch: PatchWake) -> Result<(), MachineError> {
-        let (row, _) = self.look(id).await?;
-        let wake = WakePolicy {
-            http: patch.http.unwrap_or(row.wake.http),
-            ssh: patch.ssh.unwrap_or(row.wake.ssh),
-            tcp: patch.tcp.unwrap_or(row.wake.tcp),
-            api: patch.api.unwrap_or(row.wake.api),
-        };
-        check_lease_and_wake(row.lease, wake)?;
-        let event = self.event(id, "machine.wake_changed", "api", json!({ "wake": wake }));
-        self.shared.store.patch_wake(id.clone(), patch, event).await?;
+        let event = self.event(id, "machine.wake_changed", "api", json!({ "wake": patch }));
+        self.shared.store.patch_wake(id.clone(), patch, event, check_row).await?;
         Ok(())
     }
 

@@ -109,6 +109,11 @@ impl Faults {
             .sum()
     }
 
+    /// Forget them.
+    pub fn clear(&self) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
     pub(super) fn take(&self, point: Point) -> Option<Fault> {
         self.0
             .lock()
