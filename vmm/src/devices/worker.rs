@@ -15,6 +15,9 @@ use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags, EpollTimeout};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+#[cfg(test)]
+mod tests;
+
 /// The doorbell's token; the devices' are below.
 const DOORBELL: u64 = u64::MAX;
 const EVENTS_PER_WAIT: usize = 64;

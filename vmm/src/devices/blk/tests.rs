@@ -288,6 +288,11 @@ fn hostile_chains_need_a_reset() {
         ring.write_desc(machine, 1, DATA, 16, F_NEXT, 0);
     });
     breaks(|machine, ring| ring.write_desc(machine, 0, HEADER, 16, F_NEXT, 4000));
+    breaks(|machine, ring| {
+        // Would be a good request if its end were one.
+        ring.write_desc(machine, 0, HEADER, 16, F_NEXT, 1);
+        ring.write_desc(machine, 1, DATA, 513, F_NEXT | F_WRITE, 4000);
+    });
     breaks(|machine, ring| ring.write_desc(machine, 0, u64::MAX - 8, 16, F_WRITE, 0));
     breaks(|machine, ring| ring.write_desc(machine, 0, 1 << 40, 16, 0, 0));
     breaks(|machine, ring| ring.write_desc(machine, 0, DATA, u32::MAX, F_WRITE, 0));

@@ -139,3 +139,30 @@ fn ten_mebibytes_both_ways_with_little_credit() {
     writing.join().unwrap();
     reading.join().unwrap();
 }
+
+#[test]
+fn a_guest_that_only_sends_is_told_of_its_credit() {
+    const TOTAL: u32 = 1 << 20;
+    let mut guest = Guest::new();
+    let (mut client, connection) = guest.connected();
+    let reading = std::thread::spawn(move || {
+        let mut received = vec![0; usize::try_from(TOTAL).unwrap()];
+        client.read_exact(&mut received).unwrap();
+        assert!(received == pattern(received.len(), 3));
+        client
+    });
+    let to_send = pattern(usize::try_from(TOTAL).unwrap(), 3);
+    let (mut sent, mut host_fwd) = (0_u32, 0_u32);
+    for chunk in to_send.chunks(4096) {
+        let len = u32::try_from(chunk.len()).unwrap();
+        while sent + len - host_fwd > 256 << 10 {
+            let update = guest.expect(OP_CREDIT_UPDATE);
+            assert!(update.fwd_cnt > host_fwd && update.fwd_cnt <= sent);
+            host_fwd = update.fwd_cnt;
+        }
+        guest.reply(&connection, OP_RW, 0, chunk);
+        sent += len;
+    }
+    reading.join().unwrap();
+    guest.assert_idle();
+}
