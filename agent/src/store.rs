@@ -104,6 +104,14 @@ pub enum StoreError {
         /// The generation that was expected.
         generation: u64,
     },
+    /// What came of a change is not allowed; nothing was changed.
+    #[error("{reason}")]
+    Refused {
+        /// Stable code.
+        code: ErrorCode,
+        /// Why not.
+        reason: String,
+    },
     /// The Idempotency-Key was used with another body.
     #[error("the Idempotency-Key was used before with another body")]
     KeyReused,
@@ -120,6 +128,7 @@ impl StoreError {
             Self::Sql { source, .. } if is_disk_full(source) => ErrorCode::DiskFull,
             Self::NameTaken { .. } | Self::ServiceTaken { .. } => ErrorCode::NameConflict,
             Self::TooManyServices { .. } | Self::KeyReused => ErrorCode::InvalidRequest,
+            Self::Refused { code, .. } => *code,
             Self::NoListenPort => ErrorCode::CapacityExceeded,
             Self::NoMachine { .. } => ErrorCode::MachineNotFound,
             Self::LeaseMoved { .. } => ErrorCode::TransitionInProgress,
