@@ -1,0 +1,10 @@
+//! The command as a shell sees it: exit codes, standard streams, and what it asks torpord for.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test helper that fails fails its test"
+)]
+
+mod commands;
+mod support;
