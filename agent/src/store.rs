@@ -11,13 +11,15 @@
 //! Not its job: what a transition means. It stores what the lifecycle decided.
 
 mod events;
+mod leases;
 mod machines;
 mod rows;
 mod services;
 mod transition;
 
 pub use events::{EventFilter, NewEvent};
-pub use machines::{Created, DueLease, Idempotency, NewMachine};
+pub use leases::DueLease;
+pub use machines::{Created, Idempotency, NewMachine};
 pub use rows::{MachineRow, ServiceRow};
 pub use services::{SERVICE_PORTS, ServiceRoute};
 pub use transition::{LeaseChange, Transition};

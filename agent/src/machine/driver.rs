@@ -13,6 +13,7 @@
 
 mod commit;
 mod effects;
+mod held;
 mod operation;
 mod waiters;
 
@@ -31,7 +32,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
 use torpor_api::http::LastError;
 use torpor_api::vmm::{ExitReason, PersistStats, VmmState};
-use torpor_api::{ErrorCode, MachineId};
+use torpor_api::MachineId;
 use waiters::Waiters;
 
 /// A commit that failed is tried again after this long, as long as the machine is awake.
@@ -386,88 +387,5 @@ impl Driver {
         self.gate.open(epoch);
         self.waiters
             .let_in(&self.gate, self.shared.clock.now_unix_ms(), self.report.as_ref());
-    }
-
-    /// Take over an execution of a torpord before.
-    async fn adopt(&mut self, execution: Arc<dyn Execution>) {
-        if let Ok(Ok(status)) = tokio::time::timeout(ADOPTION_PATIENCE, execution.status()).await {
-            self.persisted = status.persisted;
-            let persisted = status.persisted.map_or(0, |stats| stats.generation);
-            self.image_floor = self.image_floor.max(persisted);
-        }
-        let permit = self.shared.try_admit(self.row.spec.mem_mib);
-        self.hold(execution, permit);
-    }
-
-    /// Take an execution as the machine's live one.
-    fn hold(&mut self, execution: Arc<dyn Execution>, permit: Option<OwnedSemaphorePermit>) {
-        self.exit = Some(execution.exited());
-        self.epoch = Some(Epoch::of(execution));
-        self.permit = permit;
-    }
-
-    /// Let go of the live execution, whose VMM is gone.
-    fn let_go(&mut self) {
-        self.gate.shut();
-        self.exit = None;
-        self.permit = None;
-        if let Some(epoch) = self.epoch.take() {
-            epoch.over.cancel();
-        }
-    }
-
-    /// The VMM ended without being asked to.
-    async fn ended(&mut self, reason: ExitReason) {
-        self.exit = None;
-        if matches!(self.state, State::Evicting | State::Deleting) {
-            return;
-        }
-        tracing::info!(machine_id = %self.id, ?reason, "execution ended");
-        self.put_aside_commit();
-        if let Some(epoch) = self.epoch.clone() {
-            epoch.execution.quit().await;
-        }
-        self.let_go();
-        let event = self.judge(reason).await;
-        self.apply(event).await;
-    }
-
-    /// What the end of a VMM means.
-    async fn judge(&mut self, reason: ExitReason) -> Event {
-        match reason {
-            ExitReason::Shutdown => Event::ShutDown,
-            ExitReason::Reboot => Event::Rebooted,
-            ExitReason::Memory { message } => {
-                self.fail(MachineError::new(ErrorCode::ImageCorrupt, message));
-                Event::LostImageGone
-            }
-            ExitReason::Failed { message } => {
-                let image = self.shared.hypervisor.inspect_image(&self.id).await;
-                let just_persisted = self.persisted.map(|stats| stats.generation);
-                match image {
-                    ImageState::Valid { generation } if generation >= self.row.image_generation => {
-                        // The pause was as good as done: nothing is lost, and nothing failed.
-                        if self.state != State::Durable || just_persisted != Some(generation) {
-                            self.fail(MachineError::new(ErrorCode::Internal, message));
-                        }
-                        self.image_floor = self.image_floor.max(generation);
-                        self.image_found = generation;
-                        Event::LostImageKept
-                    }
-                    ImageState::Valid { .. }
-                    | ImageState::None
-                    | ImageState::Stale { .. }
-                    | ImageState::Corrupt { .. } => {
-                        self.fail(MachineError::new(ErrorCode::Internal, message));
-                        Event::LostImageGone
-                    }
-                }
-            }
-        }
-    }
-
-    fn fail(&mut self, error: MachineError) {
-        tracing::error!(machine_id = %self.id, code = error.code.as_str(), error = %error, "operation failed");
-        self.failure = Some(error);
     }
 }

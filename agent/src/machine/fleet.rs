@@ -374,7 +374,9 @@ impl Fleet {
                 entry,
             );
             let halted = self.shared.halted.clone();
-            self.shared.tasks.spawn(async move { halted.run_until_cancelled(task).await });
+            self.shared
+                .tasks
+                .spawn(async move { halted.run_until_cancelled(task).await });
             Handle { commands, live, gate }
         })
     }

@@ -52,7 +52,12 @@ impl World {
     pub(crate) async fn restart(&mut self) {
         self.fleet.halt().await;
         // What was in the store's queue is on disk before the next one reads; a kill would have lost it.
-        let event = self.fleet.event(&MachineId::generate(), "test.killed", "test", serde_json::Value::Null);
+        let event = self.fleet.event(
+            &MachineId::generate(),
+            "test.killed",
+            "test",
+            serde_json::Value::Null,
+        );
         self.fleet.store().append_event(event).await.unwrap();
         self.fleet = torpord(&self.host, &self.clock, &self.directory, &self.settings);
         self.fleet.recover().await.unwrap();

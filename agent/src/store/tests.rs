@@ -149,7 +149,11 @@ async fn a_transition_of_another_generation_is_refused() {
     let mut failed = Transition::new(1, Committed::Running, "lease", 62_001);
     failed.lease = LeaseChange::KeepOrStart;
     store.commit(id.clone(), failed).await.unwrap();
-    assert_eq!(store.next_lease_check().await.unwrap(), Some(92_000), "a failed lease waits for its next look");
+    assert_eq!(
+        store.next_lease_check().await.unwrap(),
+        Some(92_000),
+        "a failed lease waits for its next look"
+    );
     let mut paused = Transition::new(2, Committed::Paused, "lease", 63_000);
     paused.only_if_deadline_unix_ms = Some(61_999);
     assert!(matches!(

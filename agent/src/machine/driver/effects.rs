@@ -114,10 +114,9 @@ impl Driver {
         let Some(epoch) = self.epoch.clone() else {
             return self.begin(Effect::Run, async { Outcome::Ran(Err(no_execution())) });
         };
-        self.begin(
-            Effect::Run,
-            async move { Outcome::Ran(set_free(&*epoch.execution).await) },
-        );
+        self.begin(Effect::Run, async move {
+            Outcome::Ran(set_free(&*epoch.execution).await)
+        });
     }
 
     fn begin_evict(&mut self) {

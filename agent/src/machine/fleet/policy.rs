@@ -34,7 +34,10 @@ impl Fleet {
     /// The lease does not go with the wake switches, or the store refuses.
     pub async fn set_lease(&self, id: &MachineId, lease: Option<LeasePolicy>) -> Result<(), MachineError> {
         let event = self.event(id, "machine.lease_set", "api", json!({ "lease": lease }));
-        self.shared.store.set_lease(id.clone(), lease, event, check_row).await?;
+        self.shared
+            .store
+            .set_lease(id.clone(), lease, event, check_row)
+            .await?;
         self.shared.leases_changed.notify_one();
         Ok(())
     }
@@ -45,7 +48,10 @@ impl Fleet {
     /// They do not go with the lease, or the store refuses.
     pub async fn patch_wake(&self, id: &MachineId, patch: PatchWake) -> Result<(), MachineError> {
         let event = self.event(id, "machine.wake_changed", "api", json!({ "wake": patch }));
-        self.shared.store.patch_wake(id.clone(), patch, event, check_row).await?;
+        self.shared
+            .store
+            .patch_wake(id.clone(), patch, event, check_row)
+            .await?;
         Ok(())
     }
 

@@ -2,6 +2,7 @@ use super::*;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use torpor_api::vmm::VmmState;
 
 fn takes_time(effect: &Effect) -> bool {
     match effect {

@@ -85,7 +85,9 @@ impl Oracle {
             }
             Step::Fail(point, code) => self.world.host.faults().at(point, Fault::Fail(code)),
             Step::Die(point) => self.world.host.faults().at(point, Fault::Die),
-            Step::KillVmm => self.end(ExitReason::Failed { message: "killed".to_owned() }),
+            Step::KillVmm => self.end(ExitReason::Failed {
+                message: "killed".to_owned(),
+            }),
             Step::Reboot => self.end(ExitReason::Reboot),
             Step::PowerOff => self.end(ExitReason::Shutdown),
             Step::KillTorpord => self.world.restart().await,
@@ -103,13 +105,22 @@ impl Oracle {
     }
 
     async fn check_memory(&mut self) {
-        let Ok(counted) = self.world.exec(&self.id, "count").await else { return };
+        let Ok(counted) = self.world.exec(&self.id, "count").await else {
+            return;
+        };
         // What the count is judged by has to be written down; a view waits for that.
         self.world.view(&self.id).await;
         let events = self.world.events(&self.id).await;
-        let n_breaks = events.iter().filter(|kind| BREAKS.contains(&kind.as_str())).count();
+        let n_breaks = events
+            .iter()
+            .filter(|kind| BREAKS.contains(&kind.as_str()))
+            .count();
         if n_breaks == self.n_breaks {
-            assert_eq!(counted, self.counted + 1, "memory changed, and nobody said so: {events:?}");
+            assert_eq!(
+                counted,
+                self.counted + 1,
+                "memory changed, and nobody said so: {events:?}"
+            );
         } else {
             assert!(counted <= self.counted + 1, "memory from nowhere: {events:?}");
         }

@@ -16,7 +16,11 @@ async fn a_running_machine_is_taken_over_as_it_runs() {
     world.exec(&id, "count").await.unwrap();
     let before = world.view(&id).await;
     world.restart().await;
-    assert_eq!(world.status(&id).await, MachineStatus::Running, "never shown as anything else");
+    assert_eq!(
+        world.status(&id).await,
+        MachineStatus::Running,
+        "never shown as anything else"
+    );
     assert_eq!(world.exec(&id, "count").await, Ok(2));
     let after = world.view(&id).await;
     assert_eq!(

@@ -1,0 +1,94 @@
+//! Leases by time: found by an index, claimed one batch at a time.
+
+use super::rows::{get, lease_action, lease_mode, parse};
+use super::{Store, StoreError, sql};
+use rusqlite::params;
+use torpor_api::{LeasePolicy, MachineId};
+
+/// A lease whose deadline has passed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DueLease {
+    /// The machine.
+    pub machine: MachineId,
+    /// The deadline that passed.
+    pub deadline_unix_ms: u64,
+    /// The policy in force.
+    pub policy: LeasePolicy,
+}
+
+impl Store {
+    /// When the next lease wants to be looked at.
+    ///
+    /// # Errors
+    /// SQLite refuses.
+    pub async fn next_lease_check(&self) -> Result<Option<u64>, StoreError> {
+        self.read("read the next deadline", |tx| {
+            tx.prepare_cached(
+                "SELECT min(lease_check_unix_ms) FROM machines WHERE lease_check_unix_ms IS NOT NULL",
+            )
+            .and_then(|mut statement| statement.query_row([], |row| row.get(0)))
+            .map_err(sql("read the next deadline"))
+        })
+        .await
+    }
+
+    /// Leases that are due, each looked at again at `next_check` if nothing comes of it.
+    ///
+    /// # Errors
+    /// SQLite refuses, or a row cannot be decoded.
+    pub async fn claim_due_leases(
+        &self,
+        now_unix_ms: u64,
+        next_check_unix_ms: u64,
+        limit: u32,
+    ) -> Result<Vec<DueLease>, StoreError> {
+        self.write("claim due leases", move |tx| {
+            let operation = sql("claim due leases");
+            let mut statement = tx
+                .prepare_cached(
+                    "UPDATE machines SET lease_check_unix_ms = ?2 WHERE id IN \
+                     (SELECT id FROM machines WHERE lease_check_unix_ms <= ?1 ORDER BY lease_check_unix_ms LIMIT ?3) \
+                     RETURNING id, deadline_unix_ms, lease_seconds, lease_action, lease_mode",
+                )
+                .map_err(&operation)?;
+            let mut found =
+                statement.query(params![now_unix_ms, next_check_unix_ms, limit]).map_err(&operation)?;
+            let mut due = Vec::new();
+            while let Some(row) = found.next().map_err(&operation)? {
+                due.push(DueLease {
+                    machine: parse(&get::<String>(row, "id")?, "id")?,
+                    deadline_unix_ms: get(row, "deadline_unix_ms")?,
+                    policy: LeasePolicy {
+                        seconds: get(row, "lease_seconds")?,
+                        action: lease_action(&get::<String>(row, "lease_action")?)?,
+                        mode: lease_mode(&get::<String>(row, "lease_mode")?)?,
+                    },
+                });
+            }
+            Ok(due)
+        })
+        .await
+    }
+
+    /// A sliding lease slid: move the deadline, unless somebody else moved it meanwhile.
+    ///
+    /// # Errors
+    /// SQLite refuses.
+    pub async fn slide_lease(
+        &self,
+        id: MachineId,
+        from_unix_ms: u64,
+        to_unix_ms: u64,
+    ) -> Result<(), StoreError> {
+        self.write("slide a lease", move |tx| {
+            tx.execute(
+                "UPDATE machines SET deadline_unix_ms = ?3, lease_check_unix_ms = ?3 \
+                 WHERE id = ?1 AND deadline_unix_ms = ?2",
+                params![id.as_str(), from_unix_ms, to_unix_ms],
+            )
+            .map_err(sql("slide a lease"))?;
+            Ok(())
+        })
+        .await
+    }
+}
