@@ -1,0 +1,253 @@
+//! The options of each command.
+
+use crate::parse::{self, Publish};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
+use std::time::Duration;
+use torpor_api::{LeaseAction, LeaseMode, LeasePolicy, MachineName};
+
+#[derive(Debug, Args)]
+pub(crate) struct OneMachine {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Create {
+    /// A label of its own: a-z, 0-9 and -, beginning with a letter
+    #[arg(long)]
+    pub(crate) name: Option<MachineName>,
+    /// What to start from
+    #[arg(long, default_value = "base")]
+    pub(crate) template: String,
+    /// Number of vCPUs
+    #[arg(long, default_value_t = 1)]
+    pub(crate) vcpus: u8,
+    /// Guest memory
+    #[arg(long, default_value = "256M", value_name = "SIZE", value_parser = parse::size_mib)]
+    pub(crate) mem: u32,
+    /// Size of the disk; the template's own if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse::size_mib)]
+    pub(crate) disk: Option<u32>,
+    /// How long it stays awake
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) lease: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) lease_options: LeaseOptions,
+    /// Make an HTTP port reachable, with a name if given; may be repeated
+    #[arg(long, value_name = "PORT[:NAME]", value_parser = parse::publish)]
+    pub(crate) publish: Vec<Publish>,
+    /// Likewise for a raw TCP port
+    #[arg(long, value_name = "PORT[:NAME]", value_parser = parse::publish)]
+    pub(crate) publish_tcp: Vec<Publish>,
+    /// Traffic that must not wake it
+    #[arg(long, value_enum, value_name = "KIND", value_delimiter = ',')]
+    pub(crate) no_wake: Vec<Traffic>,
+    /// Free key and value; may be repeated
+    #[arg(long = "meta", value_name = "KEY=VALUE", value_parser = parse::pair)]
+    pub(crate) metadata: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LeaseOptions {
+    /// What happens when the lease runs out
+    #[arg(long, value_enum, value_name = "ACTION", requires = "lease")]
+    on_expiry: Option<OnExpiry>,
+    /// Activity moves the deadline
+    #[arg(long, requires = "lease")]
+    sliding: bool,
+}
+
+impl LeaseOptions {
+    /// The policy for a lease of that length.
+    pub(crate) fn policy(&self, length: Duration) -> LeasePolicy {
+        LeasePolicy {
+            seconds: length.as_secs(),
+            action: match self.on_expiry {
+                None | Some(OnExpiry::Pause) => LeaseAction::Pause,
+                Some(OnExpiry::Destroy) => LeaseAction::Destroy,
+            },
+            mode: if self.sliding {
+                LeaseMode::Sliding
+            } else {
+                LeaseMode::Absolute
+            },
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OnExpiry {
+    Pause,
+    Destroy,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Traffic {
+    Http,
+    Ssh,
+    Tcp,
+    Api,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Resume {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Boot from the disk and give up the memory
+    #[arg(long)]
+    pub(crate) from_disk: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Rm {
+    /// A machine that does not exist is no failure
+    #[arg(long, short)]
+    pub(crate) force: bool,
+    /// Names, machine IDs or execution IDs
+    #[arg(required = true)]
+    pub(crate) machines: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Exec {
+    /// Answer with the PID at once and let the command run on
+    #[arg(long, short, visible_alias = "background")]
+    pub(crate) detach: bool,
+    /// Working directory
+    #[arg(long, short = 'w', value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// User in the machine
+    #[arg(long, short)]
+    pub(crate) user: Option<String>,
+    /// Set an environment variable; may be repeated
+    #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse::pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Kill the command after so long [torpord's default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) timeout: Option<Duration>,
+    /// Read standard input and pass it on; a pipe or a file is passed on anyway
+    #[arg(long = "stdin", short = 'i')]
+    pub(crate) with_stdin: bool,
+    /// Do not pass standard input on, even if it is a pipe or a file
+    #[arg(long, short = 'n', conflicts_with = "with_stdin")]
+    pub(crate) no_stdin: bool,
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Program and arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    pub(crate) argv: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Url {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Port or name of one service
+    pub(crate) service: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Expose {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Port in the machine
+    #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) port: u16,
+    /// Name of the service
+    #[arg(long)]
+    pub(crate) name: Option<MachineName>,
+    /// Raw TCP instead of HTTP
+    #[arg(long)]
+    pub(crate) tcp: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Hide {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Port or name of the service
+    pub(crate) service: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logs {
+    /// Print only so many bytes from the end
+    #[arg(long, short = 'n', value_name = "SIZE", value_parser = parse::size_bytes)]
+    pub(crate) bytes: Option<u64>,
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Lease {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Length, counted from now
+    #[arg(value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) lease: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) options: LeaseOptions,
+    /// Take the lease away
+    #[arg(long, conflicts_with = "lease")]
+    pub(crate) none: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Wake {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// HTTP and WebSocket requests
+    #[arg(long, value_enum)]
+    pub(crate) http: Option<Switch>,
+    /// SSH logins
+    #[arg(long, value_enum)]
+    pub(crate) ssh: Option<Switch>,
+    /// Raw TCP connections
+    #[arg(long, value_enum)]
+    pub(crate) tcp: Option<Switch>,
+    /// Exec, files and other calls that need the machine
+    #[arg(long, value_enum)]
+    pub(crate) api: Option<Switch>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Events {
+    /// Only this machine's
+    pub(crate) machine: Option<String>,
+    /// Go on as more happens
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Begin after this offset
+    #[arg(long, default_value_t = 0)]
+    pub(crate) after: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Doctor {
+    /// What to try
+    #[arg(long, value_enum, default_value_t = Probe::All)]
+    pub(crate) probe: Probe,
+    /// Directory whose disk is tried
+    #[arg(long, default_value = "/var/lib/torpor")]
+    pub(crate) state_dir: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Probe {
+    All,
+    Kvm,
+    Uffd,
+    Tap,
+    Nft,
+    Cgroup,
+    Disk,
+    Kernel,
+    Torpord,
+}
