@@ -205,3 +205,24 @@ async fn a_deletion_that_fails_is_taken_up_again() {
     world.delete(&id).await.unwrap();
     assert!(world.fleet.view(&id).await.is_err());
 }
+
+#[test]
+fn every_event_that_is_stored_is_documented() {
+    let documented = include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/events.md"));
+    let sources = [
+        include_str!("../driver/commit.rs"),
+        include_str!("../driver/effects.rs"),
+        include_str!("../driver/operation.rs"),
+        include_str!("../fleet.rs"),
+        include_str!("../fleet/create.rs"),
+        include_str!("../fleet/policy.rs"),
+    ];
+    let mut n_kinds = 0;
+    for text in sources.iter().flat_map(|source| source.split('"')) {
+        if text.starts_with("machine.") || text.starts_with("service.") {
+            n_kinds += 1;
+            assert!(documented.contains(&format!("`{text}`")), "{text} is not in docs/events.md");
+        }
+    }
+    assert!(n_kinds > 15, "the sources are no longer where this test looks");
+}
