@@ -3,8 +3,8 @@
 mod options;
 
 pub(crate) use options::{
-    Create, Doctor, Events, Exec, Expose, Hide, Lease, LeaseOptions, Logs, OnExpiry, OneMachine, Probe,
-    Resume, Rm, Switch, Traffic, Url, Wake,
+    Create, Doctor, Events, Exec, Expose, Hide, Lease, Logs, OneMachine, Probe, Resume, Rm, Switch, Traffic,
+    Url, Wake,
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
