@@ -14,6 +14,7 @@
 
 mod adopt;
 mod blank;
+mod command;
 mod live;
 pub mod process;
 pub mod record;

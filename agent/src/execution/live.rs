@@ -11,16 +11,14 @@ use std::time::{Duration, Instant, SystemTime};
 use async_trait::async_trait;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use torpor_api::guest::{ExecSpec, GuestErrorCode};
 use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Event, ExitReason, PersistStats, VmmError, VmmErrorCode, VmmState};
 use torpor_api::{ErrorCode, ExecutionId};
 
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
-use super::{blocking, images_error};
-use crate::guest_client::exec::ExecOutput;
-use crate::guest_client::{GuestClient, GuestClientError};
+use super::{blocking, command, images_error};
+use crate::guest_client::GuestClient;
 use crate::images::manifest::{FORMAT, Manifest};
 use crate::images::{MachineFiles, header};
 use crate::machine::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus};
@@ -31,8 +29,6 @@ use crate::vmm_client::{VmmClient, VmmClientError, VmmEvents};
 const QUIESCE_LIMIT: Duration = Duration::from_secs(2);
 /// How long a VMM that was told to end, or lost its connection, may take before it is killed.
 const END_GRACE: Duration = Duration::from_secs(2);
-/// Time limit of an exec that names none, in milliseconds.
-const DEFAULT_EXEC_TIMEOUT_MS: u64 = 30_000;
 
 /// Where the current attempt to persist stands.
 #[derive(Debug, Clone, Default)]
@@ -257,55 +253,6 @@ fn vmm_failed(code: ErrorCode, message: &str, error: VmmClientError) -> Hypervis
     HypervisorError::new(code, message).because(error)
 }
 
-fn guest_failed(error: GuestClientError) -> HypervisorError {
-    let code = match &error {
-        GuestClientError::Refused { source } => match source.code {
-            GuestErrorCode::ExecFailed | GuestErrorCode::NotFound | GuestErrorCode::BadRequest => {
-                ErrorCode::ExecFailed
-            }
-            GuestErrorCode::Os => ErrorCode::GuestUnreachable,
-        },
-        _ => ErrorCode::GuestUnreachable,
-    };
-    let message = match code {
-        ErrorCode::ExecFailed => "cannot run the command",
-        _ => "cannot reach the guest agent",
-    };
-    HypervisorError::new(code, message).because(error)
-}
-
-fn exec_spec(request: ExecRequest) -> ExecSpec {
-    let argv = match request.shell {
-        Some(line) => vec!["/bin/sh".to_owned(), "-c".to_owned(), line],
-        None => request.argv,
-    };
-    let default_ms = (!request.background).then_some(DEFAULT_EXEC_TIMEOUT_MS);
-    ExecSpec {
-        argv,
-        env: request.env,
-        cwd: request.cwd,
-        user: request.user,
-        stdin: false,
-        tty: None,
-        timeout_ms: request.timeout_ms.or(default_ms),
-        background: request.background,
-    }
-}
-
-fn exec_result(output: ExecOutput) -> Result<ExecResult, HypervisorError> {
-    if output.timed_out {
-        let message = format!("process {} ran out of time and was killed", output.pid);
-        return Err(HypervisorError::new(ErrorCode::ExecTimeout, message));
-    }
-    Ok(ExecResult {
-        pid: output.pid,
-        exit_code: output.code,
-        stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
-        truncated: output.truncated,
-    })
-}
-
 #[async_trait]
 impl Execution for VmmExecution {
     fn id(&self) -> &ExecutionId {
@@ -394,10 +341,8 @@ impl Execution for VmmExecution {
         }
     }
 
-    async fn exec(&self, mut request: ExecRequest) -> Result<ExecResult, HypervisorError> {
-        let stdin = request.stdin.take().map(bytes::Bytes::from);
-        let output = self.guest.exec(exec_spec(request), stdin).await;
-        exec_result(output.map_err(guest_failed)?)
+    async fn exec(&self, request: ExecRequest) -> Result<ExecResult, HypervisorError> {
+        command::run(&self.guest, request).await
     }
 
     fn first_byte(&self) {

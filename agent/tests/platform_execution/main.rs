@@ -1,6 +1,12 @@
 //! The platform with a VMM that needs no KVM: starts, pools, persists, ends and take-overs, with real processes,
 //! sockets and network namespaces. Needs root and `nft`; every test has a network and a mount namespace of its own.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
 mod fake_vmm;
 
 use std::collections::BTreeSet;

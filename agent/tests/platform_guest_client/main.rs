@@ -2,6 +2,12 @@
 //!
 //! A thread plays the VMM's part: the `CONNECT` handshake, then bytes both ways.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};

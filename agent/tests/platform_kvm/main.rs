@@ -2,6 +2,12 @@
 //! `base` are installed. It has a network and a mount namespace of its own, so that an installed torpord does not
 //! mind. `TORPOR_TEST_VMM` and `TORPOR_TEST_TEMPLATES` name others than the installed ones.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails by panicking"
+)]
+
 mod kvm {
     use std::net::Ipv4Addr;
     use std::path::{Path, PathBuf};
@@ -213,11 +219,12 @@ while True:
             assert_eq!(count(&*adopted.execution).await, "4");
             sleep_as(&*adopted.execution, 2).await;
 
+            platform.blanks_settled().await;
             let (execution, stages) = platform
                 .restore(&machine, &ExecutionId::generate(), 2)
                 .await
                 .unwrap();
-            println!("wake: {stages:?}");
+            println!("wake with a blank VMM ready: {stages:?}");
             assert_eq!(count(&*execution).await, "5");
             assert_clock_is_right(&*execution).await;
             execution.quit().await;
