@@ -37,10 +37,12 @@ pub const HIMEM_START: u64 = 0x10_0000;
 pub const MMIO_START: u64 = 0xd000_0000;
 /// Interrupt of the ACPI event device.
 pub const GED_GSI: u32 = 23;
-/// ACPI sleep control register, an I/O port.
-pub const SLEEP_CONTROL_PORT: u16 = 0x600;
-/// ACPI sleep status register, an I/O port.
-pub const SLEEP_STATUS_PORT: u16 = 0x601;
+/// Fixed ACPI event registers: status and enable, two bytes each.
+pub const PM1_EVENT_PORT: u16 = 0x600;
+/// Fixed ACPI control register, two bytes.
+pub const PM1_CONTROL_PORT: u16 = 0x604;
+/// ACPI interrupt; nothing ever raises it.
+pub const SCI_GSI: u16 = 10;
 /// Command port of the keyboard controller, which resets the machine.
 pub const I8042_COMMAND_PORT: u16 = 0x64;
 /// Command that resets the machine.

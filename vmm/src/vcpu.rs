@@ -9,7 +9,8 @@
 
 use crate::arch::{self, ArchError, BootRegisters, CpuProfile, VcpuState};
 use crate::devices::DeviceSet;
-use crate::layout::{I8042_COMMAND_PORT, I8042_RESET, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT};
+use crate::layout::{I8042_COMMAND_PORT, I8042_RESET};
+use crate::pm1::{Pm1, Pm1Write};
 use crate::sys::kvm::{ImmediateExit, internal_error, pre_fault};
 use crate::sys::process;
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
@@ -18,9 +19,6 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use torpor_api::vmm::ExitReason;
-
-/// `SLP_EN` of the ACPI sleep control register.
-const SLEEP_ENABLE: u8 = 1 << 5;
 
 /// Told when the guest ends by itself; called from vCPU threads.
 pub type ExitSink = Arc<dyn Fn(ExitReason) + Send + Sync>;
@@ -94,6 +92,8 @@ pub struct VcpuContext {
     pub msr_indices: Arc<Vec<u32>>,
     /// The devices that it accesses.
     pub devices: Arc<RwLock<DeviceSet>>,
+    /// The fixed ACPI registers.
+    pub pm1: Arc<Pm1>,
     /// Told of the guest's end.
     pub exits: ExitSink,
 }
@@ -301,16 +301,20 @@ impl Thread {
                 read_devices().mmio_write(gpa, data);
                 return Next::Continue;
             }
-            Ok(VcpuExit::IoIn(I8042_COMMAND_PORT | SLEEP_STATUS_PORT, data)) => {
-                data.fill(0);
-                return Next::Continue;
-            }
             Ok(VcpuExit::IoIn(port, data)) => {
-                read_devices().pio_read(port, data);
+                match port {
+                    // Never busy: the guest waits for that before it resets the machine.
+                    I8042_COMMAND_PORT => data.fill(0),
+                    port if Pm1::owns(port) => self.context.pm1.read(port, data),
+                    _ => read_devices().pio_read(port, data),
+                }
                 return Next::Continue;
             }
             Ok(VcpuExit::IoOut(I8042_COMMAND_PORT, &[I8042_RESET])) => ExitReason::Reboot,
-            Ok(VcpuExit::IoOut(SLEEP_CONTROL_PORT, &[value])) if value & SLEEP_ENABLE != 0 => ExitReason::Shutdown,
+            Ok(VcpuExit::IoOut(port, data)) if Pm1::owns(port) => match self.context.pm1.write(port, data) {
+                Pm1Write::Done => return Next::Continue,
+                Pm1Write::PowerOff => ExitReason::Shutdown,
+            },
             Ok(VcpuExit::IoOut(port, data)) => {
                 read_devices().pio_write(port, data);
                 return Next::Continue;

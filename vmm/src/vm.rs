@@ -25,6 +25,7 @@ use crate::image::persist::{Contents, FlushDisk, Persist, PersistError};
 use crate::image::{Extent, HostSignature, ImageFile, ImageLayout, merge_working_set};
 use crate::layout::PAGE_SIZE;
 use crate::memory::{Backing, Ram};
+use crate::pm1::Pm1;
 use crate::vcpu::Vcpu;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -58,6 +59,7 @@ pub type EventSink = Arc<dyn Fn(VmEvent) + Send + Sync>;
 struct MachineState {
     vm: VmState,
     vcpus: Vec<VcpuState>,
+    pm1_enable: u16,
     devices: DevicesState,
 }
 
@@ -80,6 +82,7 @@ pub struct Vm {
     // Dropped in this order: vCPU threads end before what they use.
     vcpus: Vec<Vcpu>,
     devices: Arc<RwLock<DeviceSet>>,
+    pm1: Arc<Pm1>,
     backing: Backing,
     ram: Arc<Ram>,
     vm_fd: VmFd,
@@ -173,6 +176,7 @@ impl Vm {
         let state = MachineState {
             vm: arch::save_vm(&self.vm_fd)?,
             vcpus: self.save_vcpus()?,
+            pm1_enable: self.pm1.save(),
             devices: self.read_devices().save(),
         };
         let encoded = postcard::to_stdvec(&state).map_err(VmError::EncodeState)?;

@@ -10,6 +10,7 @@ use crate::devices::{Backends, DeviceSet};
 use crate::image::HostSignature;
 use crate::layout::{GED_GSI, RamLayout};
 use crate::memory::{GuestMemory, Ram};
+use crate::pm1::Pm1;
 use crate::sys::uffd::Uffd;
 use crate::sys::{self, process};
 use crate::vcpu::{self, ExitSink, Vcpu, VcpuContext};
@@ -62,6 +63,7 @@ impl Files {
 pub struct Prepared {
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) devices: Arc<RwLock<DeviceSet>>,
+    pub(super) pm1: Arc<Pm1>,
     pub(super) ram: Arc<Ram>,
     pub(super) vm_fd: VmFd,
     pub(super) shape: Shape,
@@ -103,7 +105,9 @@ impl Prepared {
         let devices = Arc::new(RwLock::new(DeviceSet::prepare(&vm_fd)?));
         let generation_event = EventFd::new(libc::EFD_CLOEXEC).map_err(VmError::EventFd)?;
         vm_fd.register_irqfd(&generation_event, GED_GSI).map_err(kvm("register the event device's interrupt"))?;
+        let pm1 = Arc::new(Pm1::default());
         let context = VcpuContext {
+            pm1: Arc::clone(&pm1),
             msr_indices: Arc::new(arch::msr_indices(&host)?),
             devices: Arc::clone(&devices),
             exits: exit_sink(&events),
@@ -114,6 +118,7 @@ impl Prepared {
             can_pre_fault: vm_fd.check_extension_raw(sys::kvm::CAP_PRE_FAULT_MEMORY) > 0,
             vcpus,
             devices,
+            pm1,
             ram,
             shape,
             host: arch::signature(&profile),
@@ -178,6 +183,7 @@ impl Prepared {
             vcpus: self.vcpus,
             devices: self.devices,
             backing,
+            pm1: self.pm1,
             ram: self.ram,
             vm_fd: self.vm_fd,
             shape: self.shape,

@@ -78,6 +78,7 @@ impl Prepared {
         self.pre_fault(&working_set)?;
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
+        self.pm1.restore(state.pm1_enable);
         self.devices.write().unwrap_or_else(PoisonError::into_inner).restore(&state.devices)?;
         if request.fork {
             self.new_generation_id(&memory)?;

@@ -1,10 +1,10 @@
-//! ACPI tables of a hardware-reduced platform: processors, virtio-mmio devices, the serial port, power-off and
+//! ACPI tables: processors, virtio-mmio devices, the serial port, power-off and
 //! reset, and the VM generation ID with the event device that announces a change of it.
 
 use super::ArchError;
 use crate::devices::MmioDeviceInfo;
 use crate::layout::{
-    ACPI_END, ACPI_START, GED_GSI, I8042_COMMAND_PORT, I8042_RESET, SLEEP_CONTROL_PORT, SLEEP_STATUS_PORT, VMGENID,
+    ACPI_END, ACPI_START, GED_GSI, I8042_COMMAND_PORT, I8042_RESET, PM1_CONTROL_PORT, PM1_EVENT_PORT, SCI_GSI, VMGENID,
 };
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -20,12 +20,14 @@ const LOCAL_APIC: u32 = 0xfee0_0000;
 const IO_APIC: u32 = 0xfec0_0000;
 const COM1_PORT: u16 = 0x3f8;
 const COM1_GSI: u32 = 4;
-/// Room for the RSDP, so that the next table is aligned.
-const RSDP_ROOM: usize = 64;
+/// The RSDP, and after it the FACS, which is aligned to its own size.
+const FACS_OFFSET: usize = 64;
+const FACS_LEN: u8 = 64;
 
 /// All tables as they lie from [`ACPI_START`], the RSDP first.
 pub(super) fn tables(n_vcpus: u8, devices: &[MmioDeviceInfo]) -> Result<Vec<u8>, ArchError> {
-    let mut bytes = vec![0; RSDP_ROOM];
+    let mut bytes = vec![0; FACS_OFFSET];
+    bytes.extend(facs());
     let dsdt = place(&mut bytes, dsdt(devices).as_slice());
     let fadt = place(&mut bytes, fadt(dsdt).as_slice());
     let madt = place(&mut bytes, madt(n_vcpus).as_slice());
@@ -50,38 +52,62 @@ fn place(bytes: &mut Vec<u8>, table: &[u8]) -> u64 {
     gpa
 }
 
-/// `GenericAddress` of an 8-bit I/O port.
-fn io_port(port: u16) -> [u8; 12] {
+/// Shared with a guest that owns no firmware to share a lock with: all zero but its own description.
+fn facs() -> [u8; FACS_LEN as usize] {
+    let mut table = [0; FACS_LEN as usize];
+    table[..4].copy_from_slice(b"FACS");
+    table[4] = FACS_LEN;
+    table[32] = 2;
+    table
+}
+
+/// `GenericAddress` of an I/O port.
+fn io_port(port: u16, width_bits: u8) -> [u8; 12] {
     let [low, high] = port.to_le_bytes();
-    [1, 8, 0, 1, low, high, 0, 0, 0, 0, 0, 0]
+    let access = if width_bits == 8 { 1 } else { 2 };
+    [1, width_bits, 0, access, low, high, 0, 0, 0, 0, 0, 0]
 }
 
 fn fadt(dsdt: u64) -> Sdt {
-    const HW_REDUCED: u32 = 1 << 20;
-    const RESET_REG_SUPPORTED: u32 = 1 << 10;
+    const WBINVD: u32 = 1;
     const PWR_BUTTON_ABSENT: u32 = 1 << 4;
     const SLP_BUTTON_ABSENT: u32 = 1 << 5;
+    const RTC_WAKE_ABSENT: u32 = 1 << 6;
+    const RESET_REG_SUPPORTED: u32 = 1 << 10;
     const NO_VGA: u16 = 1 << 2;
     const NO_MSI: u16 = 1 << 3;
     const NO_ASPM: u16 = 1 << 4;
     const NO_RTC: u16 = 1 << 5;
+    let (facs, dsdt32) = (u32::try_from(ACPI_START).unwrap_or(0) + 64, u32::try_from(dsdt).unwrap_or(0));
     let mut table = Sdt::new(*b"FACP", 276, 6, OEM_ID, OEM_TABLE_ID, 1);
+    table.write_u32(36, facs);
+    table.write_u32(40, dsdt32);
+    table.write_u16(46, SCI_GSI);
+    table.write_u32(56, PM1_EVENT_PORT.into());
+    table.write_u32(64, PM1_CONTROL_PORT.into());
+    table.write_u8(88, 4);
+    table.write_u8(89, 2);
+    // Latencies that say: no such processor state.
+    table.write_u16(96, 101);
+    table.write_u16(98, 1001);
     table.write_u16(109, NO_VGA | NO_MSI | NO_ASPM | NO_RTC);
-    table.write_u32(112, HW_REDUCED | RESET_REG_SUPPORTED | PWR_BUTTON_ABSENT | SLP_BUTTON_ABSENT);
-    table.write_bytes(116, &io_port(I8042_COMMAND_PORT));
+    let absent = PWR_BUTTON_ABSENT | SLP_BUTTON_ABSENT | RTC_WAKE_ABSENT;
+    table.write_u32(112, WBINVD | absent | RESET_REG_SUPPORTED);
+    table.write_bytes(116, &io_port(I8042_COMMAND_PORT, 8));
     table.write_u8(128, I8042_RESET);
     table.write_u8(131, 5);
     table.write_u64(140, dsdt);
-    table.write_bytes(244, &io_port(SLEEP_CONTROL_PORT));
-    table.write_bytes(256, &io_port(SLEEP_STATUS_PORT));
+    table.write_bytes(148, &io_port(PM1_EVENT_PORT, 32));
+    table.write_bytes(172, &io_port(PM1_CONTROL_PORT, 16));
     table.update_checksum();
     table
 }
 
 fn madt(n_vcpus: u8) -> Sdt {
     let mut table = Sdt::new(*b"APIC", HEADER_LEN, 5, OEM_ID, OEM_TABLE_ID, 1);
+    // There are 8259 interrupt controllers as well (PCAT_COMPAT): they give the legacy interrupts their numbers.
     table.append_slice(&LOCAL_APIC.to_le_bytes());
-    table.append_slice(&0u32.to_le_bytes());
+    table.append_slice(&1u32.to_le_bytes());
     for id in 0..n_vcpus {
         table.append_slice(&[0, 8, id, id, 1, 0, 0, 0]);
     }
@@ -104,7 +130,7 @@ fn dsdt(devices: &[MmioDeviceInfo]) -> Sdt {
     event_device(&mut body);
     generation_id(&mut body);
     let (sleep_type, zero) = (5u8, ZERO);
-    let package = Package::new(vec![&sleep_type, &zero, &zero, &zero]);
+    let package = Package::new(vec![&sleep_type, &sleep_type, &zero, &zero]);
     let power_off = Name::new(Path::new("_S5_"), &package);
     let mut table = Sdt::new(*b"DSDT", HEADER_LEN, 6, OEM_ID, OEM_TABLE_ID, 1);
     let mut aml = Scope::raw(Path::new("_SB_"), body);
@@ -218,6 +244,8 @@ mod tests {
         assert_eq!((&madt[..4], sum(madt)), (&b"APIC"[..], 0));
         let dsdt = table_at(&bytes, u64_at(fadt, 140));
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
+        let facs = usize::try_from(u32::from_le_bytes(fadt[36..40].try_into().unwrap())).unwrap();
+        assert_eq!(&bytes[facs - usize::try_from(ACPI_START).unwrap()..][..5], b"FACS\x40");
         assert!(dsdt.windows(8).any(|w| w == b"LNRO0005"));
     }
 
