@@ -14,12 +14,14 @@
 
 mod adopt;
 mod blank;
+mod claim;
 mod command;
 mod live;
 pub mod process;
 pub mod record;
 mod start;
 mod sys;
+mod wake;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -85,6 +87,7 @@ pub struct Platform {
     templates: Templates,
     slots: SlotPool,
     blanks: blank::BlankPool,
+    claims: claim::Claims,
     /// Found at the start, until somebody asks for them.
     adopted: Mutex<Vec<Adopted>>,
 }
@@ -117,11 +120,13 @@ impl Platform {
         let found = adopt::find(&exec_dir).await;
         let slots = SlotPool::start(net, &found.slots()).await;
         let slots = slots.map_err(|source| PlatformError::Net { source })?;
-        let adopted = found.take_over(&slots, &images).await;
+        let claims = claim::Claims::default();
+        let adopted = found.take_over(&slots, &images, &claims).await;
         Ok(Arc::new(Self {
             blanks: blank::BlankPool::new(blanks, config.vmm_path.clone(), exec_dir),
             templates: Templates::new(config.template_dirs.clone()),
             adopted: Mutex::new(adopted),
+            claims,
             config,
             images,
             slots,

@@ -29,7 +29,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-pub use pool::{SlotLease, SlotPool};
+pub use pool::{RefillHold, SlotLease, SlotPool};
 
 /// First address of the links between slots and host; a slot has the /30 of its number.
 const UPLINK_BASE: Ipv4Addr = Ipv4Addr::new(10, 200, 0, 0);

@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use torpor_api::vmm::VmmState;
 
-use super::live::{VmmExecution, put_manifest};
+use super::claim::{Claim, Claims};
+use super::live::{Holdings, VmmExecution, put_manifest};
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
 use crate::images::Images;
@@ -103,16 +104,29 @@ impl Found {
     }
 
     /// Make executions of them.
-    pub(super) async fn take_over(self, slots: &SlotPool, images: &Images) -> Vec<Adopted> {
+    pub(super) async fn take_over(self, slots: &SlotPool, images: &Images, claims: &Claims) -> Vec<Adopted> {
         let mut adopted = Vec::new();
         for survivor in self.0 {
-            adopted.push(take_over(survivor, slots, images).await);
+            match claims.try_take(&survivor.record.machine_id) {
+                Some(claim) => adopted.push(take_over(survivor, slots, images, claim).await),
+                None => end_twin(survivor, slots).await,
+            }
         }
         adopted
     }
 }
 
-async fn take_over(survivor: Survivor, slots: &SlotPool, images: &Images) -> Adopted {
+/// A second VMM of one machine can only be the work of a defect. Which of the two is the right one nobody knows.
+async fn end_twin(survivor: Survivor, slots: &SlotPool) {
+    tracing::error!(machine_id = %survivor.record.machine_id, execution_id = %survivor.record.execution_id,
+        "machine runs twice, ending this execution");
+    survivor.process.kill();
+    survivor.process.ended().await;
+    slots.discard(survivor.record.slot);
+    survivor.dir.remove();
+}
+
+async fn take_over(survivor: Survivor, slots: &SlotPool, images: &Images, claim: Claim) -> Adopted {
     let Survivor {
         dir,
         record,
@@ -147,8 +161,16 @@ async fn take_over(survivor: Survivor, slots: &SlotPool, images: &Images) -> Ado
         }
     }
     let machine = record.machine_id.clone();
-    let execution = VmmExecution::start(record, dir, process, client, files, slot.ok());
-    execution.watch(events);
+    let execution = VmmExecution::start(Holdings {
+        record,
+        dir,
+        process,
+        client,
+        events,
+        files,
+        slot: slot.ok(),
+        claim,
+    });
     Adopted {
         machine,
         state: status.state,

@@ -15,6 +15,7 @@ use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Event, ExitReason, PersistStats, VmmError, VmmErrorCode, VmmState};
 use torpor_api::{ErrorCode, ExecutionId};
 
+use super::claim::Claim;
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
 use super::{blocking, command, images_error};
@@ -38,6 +39,19 @@ struct Attempt {
     outcome: Option<Result<PersistStats, VmmError>>,
 }
 
+/// Everything that an execution owns, from its start or from its adoption.
+pub(super) struct Holdings {
+    pub(super) record: MachineRecord,
+    pub(super) dir: RunDir,
+    pub(super) process: Process,
+    pub(super) client: VmmClient,
+    pub(super) events: VmmEvents,
+    pub(super) files: MachineFiles,
+    /// Absent if it was lost while torpord was away.
+    pub(super) slot: Option<SlotLease>,
+    pub(super) claim: Claim,
+}
+
 /// A VMM that runs a machine.
 pub(super) struct VmmExecution {
     record: MachineRecord,
@@ -47,34 +61,32 @@ pub(super) struct VmmExecution {
     guest: GuestClient,
     files: MachineFiles,
     slot: Mutex<Option<Arc<SlotLease>>>,
+    /// Given back when the process has ended.
+    claim: Mutex<Option<Claim>>,
     exited: watch::Sender<Option<ExitReason>>,
     attempt: watch::Sender<Attempt>,
 }
 
 impl VmmExecution {
-    pub(super) fn start(
-        record: MachineRecord,
-        dir: RunDir,
-        process: Process,
-        client: VmmClient,
-        files: MachineFiles,
-        slot: Option<SlotLease>,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            guest: GuestClient::new(&dir.vsock_socket()),
-            record,
-            dir,
-            process,
-            client,
-            files,
-            slot: Mutex::new(slot.map(Arc::new)),
+    /// Make an execution of them, and follow its VMM until it is gone.
+    pub(super) fn start(holdings: Holdings) -> Arc<Self> {
+        let execution = Arc::new(Self {
+            guest: GuestClient::new(&holdings.dir.vsock_socket()),
+            record: holdings.record,
+            dir: holdings.dir,
+            process: holdings.process,
+            client: holdings.client,
+            files: holdings.files,
+            slot: Mutex::new(holdings.slot.map(Arc::new)),
+            claim: Mutex::new(Some(holdings.claim)),
             exited: watch::Sender::new(None),
             attempt: watch::Sender::default(),
-        })
+        });
+        execution.watch(holdings.events);
+        execution
     }
 
-    /// Follow the VMM until it is gone.
-    pub(super) fn watch(self: &Arc<Self>, mut events: VmmEvents) {
+    fn watch(self: &Arc<Self>, mut events: VmmEvents) {
         let execution = self.clone();
         tokio::spawn(async move {
             let mut reason = None;
@@ -138,6 +150,7 @@ impl VmmExecution {
             self.process.kill();
             self.process.ended().await;
         }
+        self.claim.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// Begin an attempt; whatever was under way is overtaken.

@@ -6,24 +6,22 @@
 //! first, then the VMM's reply and the guest's acknowledgement.
 
 use std::os::fd::OwnedFd;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use torpor_api::vmm::{ExitReason, FdRole, Request, RestoreTrace, Shape, VmmErrorCode};
+use torpor_api::vmm::{ExitReason, FdRole, Request, Shape};
 use torpor_api::{ErrorCode, ExecutionId};
 
 use super::blank::{BlankVmm, Starting};
-use super::live::VmmExecution;
+use super::claim::Claim;
+use super::live::{Holdings, VmmExecution};
 use super::record::MachineRecord;
-use super::{Platform, blocking, images_error};
-use crate::guest_client::{GuestClient, GuestClientError, Resynced};
+use super::{Platform, blocking, images_error, wake};
 use crate::images::MachineFiles;
 use crate::images::manifest::Manifest;
 use crate::images::template::Template;
 use crate::machine::hypervisor::{Execution, HypervisorError, MachineSpec, WakeStages};
-use crate::net::{NetError, SlotLease};
-use crate::vmm_client::VmmClientError;
+use crate::net::{NetError, RefillHold, SlotLease};
 
 /// Every kernel command line begins with this.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 root=/dev/vda rw init=/usr/local/bin/torpor-guest quiet \
@@ -57,9 +55,16 @@ impl OpenFiles {
 
 /// VMM and slot of a start, not yet the machine's.
 struct Taken {
+    claim: Claim,
     blank: BlankVmm,
     slot: SlotLease,
-    _starting: Starting,
+    refills: Refills,
+}
+
+/// Keeps the pools from filling up beside a start.
+struct Refills {
+    _blanks: Starting,
+    _slots: RefillHold,
 }
 
 /// An execution that is not yet known to work; dropping it ends it.
@@ -81,7 +86,7 @@ impl Platform {
     ) -> Result<Arc<dyn Execution>, HypervisorError> {
         let deadline = tokio::time::Instant::now() + self.config.boot_timeout;
         let template = self.template_of(machine, ErrorCode::BootFailed).await?;
-        let taken = self.take(shape_of(machine)).await?;
+        let taken = self.take(machine).await?;
         let files = self.images.machine(&machine.id);
         let cmdline = format!("{CMDLINE} {}", template.cmdline_extra)
             .trim_end()
@@ -131,7 +136,7 @@ impl Platform {
             })
             .await
         };
-        let (taken, (open, image, manifest)) = tokio::try_join!(self.take(shape_of(machine)), prepare)?;
+        let (taken, (open, image, manifest)) = tokio::try_join!(self.take(machine), prepare)?;
         let (live, tap, vsock) = self.name(taken, machine, execution, ErrorCode::ResumeFailed)?;
         let vmm_ready_us = micros(begun);
 
@@ -154,8 +159,8 @@ impl Platform {
             let trace = live.get().client().restore(request, &fds).await?;
             Ok((trace, micros(begun)))
         };
-        let outcome = restore_and_resync(restored, live.get().guest()).await;
-        let (vmm, restored_us) = outcome.map_err(|error| restore_error(machine, error))?;
+        let outcome = wake::finish(restored, live.get().guest()).await;
+        let (vmm, restored_us) = outcome.map_err(|error| wake::error(machine, error))?;
         let stages = WakeStages {
             vmm_ready_us,
             restored_us,
@@ -196,7 +201,9 @@ impl Platform {
         Err(HypervisorError::new(changed, message))
     }
 
-    async fn take(&self, shape: Shape) -> Result<Taken, HypervisorError> {
+    async fn take(&self, machine: &MachineSpec) -> Result<Taken, HypervisorError> {
+        let claim = self.claims.take(&machine.id).await;
+        let held = self.slots.hold_refill();
         let slot = async {
             self.slots.acquire().await.map_err(|error| {
                 let code = match error {
@@ -206,11 +213,15 @@ impl Platform {
                 HypervisorError::new(code, "no network slot").because(error)
             })
         };
-        let ((blank, starting), slot) = tokio::try_join!(self.blanks.take(shape), slot)?;
+        let ((blank, starting), slot) = tokio::try_join!(self.blanks.take(shape_of(machine)), slot)?;
         Ok(Taken {
+            claim,
             blank,
             slot,
-            _starting: starting,
+            refills: Refills {
+                _blanks: starting,
+                _slots: held,
+            },
         })
     }
 
@@ -223,9 +234,10 @@ impl Platform {
         code: ErrorCode,
     ) -> Result<(Live, OwnedFd, OwnedFd), HypervisorError> {
         let Taken {
+            claim,
             mut blank,
             mut slot,
-            _starting: starting,
+            refills,
         } = taken;
         let record = MachineRecord {
             machine_id: machine.id.clone(),
@@ -242,13 +254,20 @@ impl Platform {
         let parts = blank.into_parts().ok_or_else(lost)?;
         slot.keep();
         let files = self.images.machine(&machine.id);
-        let execution =
-            VmmExecution::start(record, parts.dir, parts.process, parts.client, files, Some(slot));
-        execution.watch(parts.events);
+        let execution = VmmExecution::start(Holdings {
+            record,
+            dir: parts.dir,
+            process: parts.process,
+            client: parts.client,
+            events: parts.events,
+            files,
+            slot: Some(slot),
+            claim,
+        });
         let live = Live {
             unconfirmed: Unconfirmed(Some(execution.clone())),
             execution,
-            _starting: starting,
+            _refills: refills,
         };
         Ok((live, tap, parts.vsock_listener))
     }
@@ -258,7 +277,7 @@ impl Platform {
 struct Live {
     execution: Arc<VmmExecution>,
     unconfirmed: Unconfirmed,
-    _starting: Starting,
+    _refills: Refills,
 }
 
 impl Live {
@@ -362,58 +381,5 @@ pub(super) fn describe_exit(reason: &ExitReason) -> String {
         ExitReason::Shutdown => "it powered off".to_owned(),
         ExitReason::Reboot => "it rebooted".to_owned(),
         ExitReason::Memory { message } | ExitReason::Failed { message } => message.clone(),
-    }
-}
-
-/// Why a restore failed.
-enum RestoreFailure {
-    Vmm(VmmClientError),
-    Guest(GuestClientError),
-}
-
-/// The VMM's reply and the guest's acknowledgement, waited for together. A guest that can't be reached because
-/// the restore failed is not the cause to report.
-async fn restore_and_resync(
-    restored: impl Future<Output = Result<(RestoreTrace, u64), VmmClientError>>,
-    guest: &GuestClient,
-) -> Result<(RestoreTrace, u64), RestoreFailure> {
-    let (mut restored, mut resynced) = (pin!(restored), pin!(guest.resync()));
-    let mut early: Option<Result<Resynced, GuestClientError>> = None;
-    let trace = loop {
-        tokio::select! {
-            trace = &mut restored => break trace.map_err(RestoreFailure::Vmm)?,
-            answer = &mut resynced, if early.is_none() => early = Some(answer),
-        }
-    };
-    let answer = match early {
-        Some(answer) => answer,
-        None => resynced.await,
-    };
-    match answer {
-        Ok(resynced) => {
-            tracing::debug!(step_ns = resynced.step_ns, "guest acknowledged clock and entropy");
-            Ok(trace)
-        }
-        Err(error) => Err(RestoreFailure::Guest(error)),
-    }
-}
-
-fn restore_error(machine: &MachineSpec, failure: RestoreFailure) -> HypervisorError {
-    match failure {
-        RestoreFailure::Vmm(error) => {
-            let code = match &error {
-                VmmClientError::Refused { source, .. } => match source.code {
-                    VmmErrorCode::ImageCorrupt => ErrorCode::ImageCorrupt,
-                    VmmErrorCode::ImageIncompatible => ErrorCode::ImageIncompatible,
-                    _ => ErrorCode::ResumeFailed,
-                },
-                _ => ErrorCode::ResumeFailed,
-            };
-            HypervisorError::new(code, format!("VMM cannot restore {}", machine.id)).because(error)
-        }
-        RestoreFailure::Guest(error) => {
-            let message = format!("guest of {} did not acknowledge clock and entropy", machine.id);
-            HypervisorError::new(ErrorCode::ResumeFailed, message).because(error)
-        }
     }
 }

@@ -31,6 +31,8 @@ struct State {
     spares: Vec<Slot>,
     /// Slots on their way to `spares` or `free`.
     in_motion: usize,
+    /// Starts under way; while there is a spare left, the refill takes no CPU from them.
+    held: usize,
     closing: bool,
 }
 
@@ -109,6 +111,16 @@ impl Drop for SlotPool {
     }
 }
 
+/// See [`SlotPool::hold_refill`].
+pub struct RefillHold(Arc<Shared>);
+
+impl Drop for RefillHold {
+    fn drop(&mut self) {
+        self.0.state().held -= 1;
+        self.0.wanted.notify_one();
+    }
+}
+
 enum Next {
     Ready(Slot),
     Make(u16),
@@ -157,6 +169,13 @@ impl SlotPool {
                 Next::Wait => changed.await,
             }
         }
+    }
+
+    /// Keep the refill from competing with a start, for as long as there are spares and this lives.
+    #[must_use]
+    pub fn hold_refill(&self) -> RefillHold {
+        self.shared.state().held += 1;
+        RefillHold(self.shared.clone())
     }
 
     /// The slot of a machine that runs already; its number was `in_use` at the start.
@@ -320,7 +339,12 @@ async fn refill(shared: Arc<Shared>) {
         let number = {
             let mut state = shared.state();
             let full = state.closing || state.spares.len() >= shared.config.spares;
-            let number = if full { None } else { state.free.pop_first() };
+            let held = state.held > 0 && !state.spares.is_empty();
+            let number = if full || held {
+                None
+            } else {
+                state.free.pop_first()
+            };
             state.in_motion += usize::from(number.is_some());
             number
         };

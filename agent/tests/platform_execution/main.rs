@@ -201,6 +201,7 @@ fn a_machine_boots_runs_commands_sleeps_and_wakes_as_a_new_execution() {
 
         let name = ExecutionId::generate();
         let (awake, stages) = platform.restore(&machine, &name, 1).await.unwrap();
+        println!("{stages:?}");
         assert_eq!(awake.id(), &name);
         assert!(stages.vmm_ready_us <= stages.restored_us && stages.restored_us <= stages.resynced_us);
         assert_eq!(stages.vmm.running_us, 3);
@@ -269,6 +270,26 @@ fn a_boot_that_is_dropped_leaves_nothing() {
         until(|| !host.run_dirs().iter().any(|name| name.starts_with("exe_"))).await;
         platform.stop().await;
         assert_eq!((host.run_dirs(), host.netns()), (BTreeSet::new(), 0));
+    });
+}
+
+#[test]
+fn a_start_waits_until_the_machines_earlier_vmm_has_closed_its_disk() {
+    on_a_host(async |host| {
+        let platform = host.start("well").await;
+        let machine = host.machine(&platform).await;
+        let first = boot(&platform, &machine).await.unwrap();
+        let pid = host.record(first.id().as_str()).process.pid;
+        let second = boot(&platform, &machine);
+        tokio::pin!(second);
+        let early = tokio::time::timeout(Duration::from_millis(300), &mut second).await;
+        assert!(early.is_err(), "two VMMs have one disk");
+        kill(&host.record(first.id().as_str()));
+        let second = second.await.unwrap();
+        assert!(fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z ")));
+        first.quit().await;
+        second.quit().await;
+        platform.stop().await;
     });
 }
 
