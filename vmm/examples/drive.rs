@@ -2,6 +2,11 @@
 //!
 //! `drive VMM KERNEL ROOTFS [MEM_MIB] [VCPUS] [CYCLES] [EXTRA CMDLINE]`
 
+#![allow(
+    clippy::expect_used,
+    reason = "a tool for the hand ends where something fails"
+)]
+
 #[path = "../tests/kvm/driver.rs"]
 #[allow(dead_code, reason = "shared with the tests, which use more of it")]
 mod driver;
@@ -19,11 +24,18 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let mut path = |what: &str| PathBuf::from(arguments.next().unwrap_or_else(|| panic!("no {what}")));
     let (program, kernel, rootfs) = (path("VMM"), path("KERNEL"), path("ROOTFS"));
-    let mut number = |default: u32| arguments.next().map_or(default, |text| text.parse().expect("a number"));
+    let mut number = |default: u32| {
+        arguments
+            .next()
+            .map_or(default, |text| text.parse().expect("a number"))
+    };
     let (mem_mib, vcpus, cycles) = (number(256), number(1), number(2));
     let extra = arguments.next().unwrap_or_default();
     let dir = tempfile::tempdir().expect("directory");
-    let shape = Shape { vcpus: u8::try_from(vcpus).expect("vCPUs"), mem_mib };
+    let shape = Shape {
+        vcpus: u8::try_from(vcpus).expect("vCPUs"),
+        mem_mib,
+    };
     let machine = Machine::create(dir.path(), &kernel, &rootfs, shape);
     let cmdline =
         format!("console=ttyS0 reboot=k panic=-1 root=/dev/vda rw {extra} init=/bin/sh -- -c \"{SCRIPT}\"");
@@ -41,7 +53,9 @@ fn main() {
         vmm.kill();
         vmm = Vmm::start(&program, &machine);
         let started = Instant::now();
-        let trace = vmm.restore(&machine, "memory.img", generation, false).expect("restore");
+        let trace = vmm
+            .restore(&machine, "memory.img", generation, false)
+            .expect("restore");
         println!("{trace:?}, answered after {:?}", started.elapsed());
         tick = machine.wait_tick_after(frozen_at.unwrap_or(tick));
         println!("guest at tick {tick} after {:?}", started.elapsed());

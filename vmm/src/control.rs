@@ -11,7 +11,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use torpor_api::vmm::{
-    Event, ExitReason, FdRole, Message, Outcome, Reply, Request, RequestFrame, VmmError, VmmErrorCode, VmmState,
+    Event, ExitReason, FdRole, Message, Outcome, Reply, Request, RequestFrame, VmmError, VmmErrorCode,
+    VmmState,
 };
 use torpor_ipc::IpcError;
 use vmm_sys_util::eventfd::EventFd;
@@ -148,7 +149,11 @@ impl Control {
             PollFd::new(self.listener.as_fd(), PollFlags::POLLIN),
             PollFd::new(wake, PollFlags::POLLIN),
         ];
-        fds.extend(self.connection.as_ref().map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)));
+        fds.extend(
+            self.connection
+                .as_ref()
+                .map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN)),
+        );
         loop {
             match poll(&mut fds, PollTimeout::NONE) {
                 Err(nix::errno::Errno::EINTR) => {}
@@ -184,7 +189,8 @@ impl Control {
         let quit = matches!(frame.request, Request::Quit);
         let result = if frame.fds.len() == datagram.fds.len() {
             let fds = frame.fds.into_iter().zip(datagram.fds).collect();
-            self.handle(frame.request, Files::new(fds)).map_err(|error| VmmError::from(&error))
+            self.handle(frame.request, Files::new(fds))
+                .map_err(|error| VmmError::from(&error))
         } else {
             Err(VmmError {
                 code: VmmErrorCode::BadRequest,
@@ -195,7 +201,10 @@ impl Control {
             Ok(reply) => Outcome::Ok(reply),
             Err(error) => Outcome::Err(error),
         };
-        self.peer.send(&Message::Reply { id: frame.id, outcome });
+        self.peer.send(&Message::Reply {
+            id: frame.id,
+            outcome,
+        });
         quit.then_some(0)
     }
 
@@ -212,7 +221,10 @@ impl Control {
                 self.stage = Stage::Prepared(Box::new(prepared));
                 Ok(Reply::Done)
             }
-            Request::Boot { cmdline, console_limit } => {
+            Request::Boot {
+                cmdline,
+                console_limit,
+            } => {
                 let vm = self.take_prepared("boot")?.boot(files, &cmdline, console_limit)?;
                 self.stage = Stage::Live(Box::new(vm));
                 Ok(Reply::Done)
@@ -230,7 +242,9 @@ impl Control {
                     fork,
                 };
                 let on_failure = memory_failure(self.peer.clone());
-                let (vm, trace) = self.take_prepared("restore")?.restore(files, request, on_failure)?;
+                let (vm, trace) = self
+                    .take_prepared("restore")?
+                    .restore(files, request, on_failure)?;
                 self.stage = Stage::Live(Box::new(vm));
                 Ok(Reply::Restored { trace })
             }
@@ -239,11 +253,16 @@ impl Control {
             }),
             Request::Persist { generation } => {
                 let target = File::from(files.take(FdRole::Image)?);
-                self.live("persist")?.persist(target, generation).map(|()| Reply::Done)
+                self.live("persist")?
+                    .persist(target, generation)
+                    .map(|()| Reply::Done)
             }
             Request::Run => {
                 let (persist_cancelled, run_us) = self.live("run")?.run()?;
-                Ok(Reply::Ran { persist_cancelled, run_us })
+                Ok(Reply::Ran {
+                    persist_cancelled,
+                    run_us,
+                })
             }
             Request::FirstByte => {
                 self.live("mark the first byte of")?.first_byte();
@@ -309,7 +328,9 @@ impl Control {
 
     /// Something happened by itself; an exit code if the process is to end.
     fn report(&mut self, event: VmEvent) -> Option<i32> {
-        let Stage::Live(vm) = &mut self.stage else { return None };
+        let Stage::Live(vm) = &mut self.stage else {
+            return None;
+        };
         let reason = match event {
             VmEvent::PersistEnded { job, result } => match vm.persist_ended(job, result) {
                 Ok(None) => return None,
@@ -323,7 +344,9 @@ impl Control {
                     });
                     return None;
                 }
-                Err(error) => ExitReason::Failed { message: chain(&error) },
+                Err(error) => ExitReason::Failed {
+                    message: chain(&error),
+                },
             },
             VmEvent::GuestEnded(reason) => {
                 vm.end();

@@ -59,7 +59,9 @@ pub enum OpenError {
         wanted: u64,
     },
     /// Another shape.
-    #[error("image is of {found_vcpus} vCPUs and {found_bytes} bytes of memory, the VM was prepared otherwise")]
+    #[error(
+        "image is of {found_vcpus} vCPUs and {found_bytes} bytes of memory, the VM was prepared otherwise"
+    )]
     Shape {
         /// In the header.
         found_vcpus: u32,
@@ -126,7 +128,10 @@ pub struct OpenImage {
 /// It can't be read, or it is no header.
 pub fn read_header(file: &File) -> Result<Header, OpenError> {
     let mut bytes = [0; header::HEADER_LEN];
-    let failed = |source| OpenError::Read { what: "header", source };
+    let failed = |source| OpenError::Read {
+        what: "header",
+        source,
+    };
     file.read_exact_at(&mut bytes, 0).map_err(failed)?;
     Ok(Header::decode(&bytes)?)
 }
@@ -139,7 +144,13 @@ pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
     let header = read_header(&file)?;
     check(&header, expected)?;
     let layout = header.layout()?;
-    let found = file.metadata().map_err(|source| OpenError::Read { what: "length", source })?.len();
+    let found = file
+        .metadata()
+        .map_err(|source| OpenError::Read {
+            what: "length",
+            source,
+        })?
+        .len();
     if found < layout.file_len() {
         return Err(OpenError::Length {
             found,
@@ -147,8 +158,12 @@ pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
         });
     }
     let mut vmstate = vec![0; header.vmstate_len as usize];
-    let failed = |source| OpenError::Read { what: "state", source };
-    file.read_exact_at(&mut vmstate, layout.vmstate_offset()).map_err(failed)?;
+    let failed = |source| OpenError::Read {
+        what: "state",
+        source,
+    };
+    file.read_exact_at(&mut vmstate, layout.vmstate_offset())
+        .map_err(failed)?;
     let sum = crc32c::crc32c(&vmstate);
     if sum != header.vmstate_crc {
         return Err(OpenError::StateChecksum {
@@ -157,10 +172,17 @@ pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
         });
     }
     let mut encoded = vec![0; header.working_set_len as usize];
-    let failed = |source| OpenError::Read { what: "working set", source };
-    file.read_exact_at(&mut encoded, layout.working_set_offset()).map_err(failed)?;
+    let failed = |source| OpenError::Read {
+        what: "working set",
+        source,
+    };
+    file.read_exact_at(&mut encoded, layout.working_set_offset())
+        .map_err(failed)?;
     let working_set = decode_working_set(&encoded, layout.n_pages()).unwrap_or_default();
-    let failed = |source| OpenError::Read { what: "identity", source };
+    let failed = |source| OpenError::Read {
+        what: "identity",
+        source,
+    };
     let file = ImageFile::open(file, layout).map_err(failed)?;
     Ok(OpenImage {
         file,

@@ -19,7 +19,10 @@ descriptor 3; started by hand it does nothing of use.
   --help           print this";
 
 enum Command {
-    Serve { confinement: Confinement, log: Option<String> },
+    Serve {
+        confinement: Confinement,
+        log: Option<String>,
+    },
     Inspect(String),
     Print(String),
 }
@@ -30,10 +33,20 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Command, String>
     while let Some(argument) = arguments.next() {
         match argument.as_str() {
             "--help" | "-h" => return Ok(Command::Print(USAGE.to_owned())),
-            "--version" | "-V" => return Ok(Command::Print(format!("torpor-vmm {}", env!("CARGO_PKG_VERSION")))),
+            "--version" | "-V" => {
+                return Ok(Command::Print(format!(
+                    "torpor-vmm {}",
+                    env!("CARGO_PKG_VERSION")
+                )));
+            }
             "--no-seccomp" => confinement = Confinement::None,
             "--log-file" => log = Some(arguments.next().ok_or("--log-file needs a path")?),
-            "inspect" => return arguments.next().map(Command::Inspect).ok_or("inspect needs an image".to_owned()),
+            "inspect" => {
+                return arguments
+                    .next()
+                    .map(Command::Inspect)
+                    .ok_or("inspect needs an image".to_owned());
+            }
             other => return Err(format!("unknown argument {other:?}; see torpor-vmm --help")),
         }
     }
@@ -57,7 +70,9 @@ fn start_log(path: Option<&str>) -> Result<(), String> {
         None => builder.with_writer(std::io::stderr).init(),
         Some(path) => {
             let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
-            builder.with_writer(file.map_err(|e| format!("cannot open {path}: {e}"))?).init();
+            builder
+                .with_writer(file.map_err(|e| format!("cannot open {path}: {e}"))?)
+                .init();
         }
     }
     Ok(())

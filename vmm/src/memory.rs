@@ -96,7 +96,9 @@ impl PageBitmap {
     /// Whether a page's bit is set; pages past the end have none.
     #[must_use]
     pub fn get(&self, page: u64) -> bool {
-        let word = usize::try_from(page / 64).ok().and_then(|index| self.words.get(index));
+        let word = usize::try_from(page / 64)
+            .ok()
+            .and_then(|index| self.words.get(index));
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
     }
 
@@ -106,8 +108,15 @@ impl PageBitmap {
         while page < pages.end {
             let bit = page % 64;
             let n_bits = (64 - bit).min(pages.end - page);
-            let mask = if n_bits == 64 { u64::MAX } else { ((1 << n_bits) - 1) << bit };
-            if let Some(word) = usize::try_from(page / 64).ok().and_then(|index| self.words.get(index)) {
+            let mask = if n_bits == 64 {
+                u64::MAX
+            } else {
+                ((1 << n_bits) - 1) << bit
+            };
+            if let Some(word) = usize::try_from(page / 64)
+                .ok()
+                .and_then(|index| self.words.get(index))
+            {
                 word.fetch_or(mask, Ordering::AcqRel);
             }
             page += n_bits;
@@ -206,7 +215,10 @@ impl Ram {
     pub fn guest_memory(&self) -> Result<GuestMemory, MemoryError> {
         let mut regions = Vec::new();
         for slot in self.layout.slots() {
-            let failed = |reason: String| MemoryError::Region { gpa: slot.gpa, reason };
+            let failed = |reason: String| MemoryError::Region {
+                gpa: slot.gpa,
+                reason,
+            };
             let len = usize::try_from(slot.len_bytes).map_err(|e| failed(e.to_string()))?;
             // The builder keeps the pointer and unmaps nothing that it did not map itself.
             let builder = MmapRegionBuilder::<()>::new(len)
@@ -249,9 +261,14 @@ impl Ram {
     /// # Panics
     /// The range is not RAM: callers count pages of RAM.
     pub fn copy_out(&self, first: u64, buffer: &mut [u8]) {
-        let offset = usize::try_from(first).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
+        let offset = usize::try_from(first)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(PAGE_SIZE);
         let end = offset.saturating_add(buffer.len());
-        assert!(end <= self.len, "copy of RAM {offset:#x}..{end:#x} is outside of it");
+        assert!(
+            end <= self.len,
+            "copy of RAM {offset:#x}..{end:#x} is outside of it"
+        );
         // SAFETY: `offset` is inside the mapping, as just checked.
         let source = unsafe { self.base.cast::<u8>().add(offset) };
         // SAFETY: source and buffer are valid for the length and can't overlap: one is the mapping, the
@@ -276,14 +293,23 @@ impl Ram {
     /// The guest gave these pages back: free them, and never fill them from an image again. Ranges that are
     /// not whole pages of RAM are cut or ignored: the guest says what it wants.
     pub fn discard(&self, gpa: u64, len_bytes: u64) {
-        let Some(aligned) = gpa.checked_next_multiple_of(PAGE_BYTES) else { return };
-        let len_bytes = len_bytes.saturating_sub(aligned - gpa) / PAGE_BYTES * PAGE_BYTES;
-        let Some(offset) = self.layout.ram_offset(aligned, len_bytes).filter(|_| len_bytes > 0) else {
+        let Some(aligned) = gpa.checked_next_multiple_of(PAGE_BYTES) else {
             return;
         };
-        let Ok(len) = usize::try_from(len_bytes) else { return };
+        let len_bytes = len_bytes.saturating_sub(aligned - gpa) / PAGE_BYTES * PAGE_BYTES;
+        let Some(offset) = self
+            .layout
+            .ram_offset(aligned, len_bytes)
+            .filter(|_| len_bytes > 0)
+        else {
+            return;
+        };
+        let Ok(len) = usize::try_from(len_bytes) else {
+            return;
+        };
         let _no_fill = self.fill.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        self.discarded.set(offset / PAGE_BYTES..(offset + len_bytes) / PAGE_BYTES);
+        self.discarded
+            .set(offset / PAGE_BYTES..(offset + len_bytes) / PAGE_BYTES);
         let start = self.hva(offset) as *mut libc::c_void;
         // SAFETY: the range is whole pages of our own private mapping; the guest gave up their contents.
         let rc = unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) };
@@ -300,9 +326,6 @@ impl Drop for Ram {
         unsafe { libc::munmap(self.base, self.len) };
     }
 }
-
-
-
 
 #[cfg(test)]
 mod tests;

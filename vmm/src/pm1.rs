@@ -56,7 +56,11 @@ impl Pm1 {
         if port == ENABLE_PORT {
             self.enable.store(value, Ordering::Relaxed);
         }
-        if port == PM1_CONTROL_PORT && value & SLEEP_ENABLE != 0 { Pm1Write::PowerOff } else { Pm1Write::Done }
+        if port == PM1_CONTROL_PORT && value & SLEEP_ENABLE != 0 {
+            Pm1Write::PowerOff
+        } else {
+            Pm1Write::Done
+        }
     }
 
     /// The state for an image.
@@ -78,8 +82,14 @@ mod tests {
     #[test]
     fn only_sleep_enable_in_the_control_register_powers_off() {
         let pm1 = Pm1::default();
-        assert_eq!(pm1.write(PM1_CONTROL_PORT, &0x1400u16.to_le_bytes()), Pm1Write::Done);
-        assert_eq!(pm1.write(PM1_CONTROL_PORT, &0x3400u16.to_le_bytes()), Pm1Write::PowerOff);
+        assert_eq!(
+            pm1.write(PM1_CONTROL_PORT, &0x1400u16.to_le_bytes()),
+            Pm1Write::Done
+        );
+        assert_eq!(
+            pm1.write(PM1_CONTROL_PORT, &0x3400u16.to_le_bytes()),
+            Pm1Write::PowerOff
+        );
         assert_eq!(pm1.write(PM1_CONTROL_PORT, &[0xff]), Pm1Write::Done);
         assert_eq!(pm1.write(ENABLE_PORT, &0x2020u16.to_le_bytes()), Pm1Write::Done);
         let mut data = [0; 2];

@@ -108,7 +108,9 @@ fn program(
     let rules: BTreeMap<i64, Vec<_>> = numbers.iter().map(|number| (*number, Vec::new())).collect();
     let arch = std::env::consts::ARCH.try_into().map_err(SeccompError::Compile)?;
     let filter = SeccompFilter::new(rules, others, listed, arch);
-    filter.and_then(BpfProgram::try_from).map_err(SeccompError::Compile)
+    filter
+        .and_then(BpfProgram::try_from)
+        .map_err(SeccompError::Compile)
 }
 
 /// Two programs, of whose answers the kernel takes the stricter one.
@@ -116,7 +118,11 @@ fn programs() -> Result<[BpfProgram; 2], SeccompError> {
     let eacces = SeccompAction::Errno(libc::EACCES.unsigned_abs());
     Ok([
         program(DENIED, eacces, SeccompAction::Allow)?,
-        program(&[ALLOWED, DENIED].concat(), SeccompAction::Allow, SeccompAction::KillProcess)?,
+        program(
+            &[ALLOWED, DENIED].concat(),
+            SeccompAction::Allow,
+            SeccompAction::KillProcess,
+        )?,
     ])
 }
 

@@ -109,7 +109,9 @@ struct Thread {
 /// # Errors
 /// KVM refused.
 pub fn create(vm: &VmFd, id: u8, profile: &CpuProfile) -> Result<VcpuFd, VcpuError> {
-    let fd = vm.create_vcpu(id.into()).map_err(|source| VcpuError::Create { id, source })?;
+    let fd = vm
+        .create_vcpu(id.into())
+        .map_err(|source| VcpuError::Create { id, source })?;
     arch::configure_vcpu(&fd, profile, id).map_err(|source| VcpuError::State { id, source })?;
     Ok(fd)
 }
@@ -144,8 +146,15 @@ impl Vcpu {
     }
 
     fn command(&self, command: Command) -> Result<(), VcpuError> {
-        let sent = self.commands.as_ref().is_some_and(|commands| commands.send(command).is_ok());
-        if sent { Ok(()) } else { Err(VcpuError::OutOfStep { id: self.id }) }
+        let sent = self
+            .commands
+            .as_ref()
+            .is_some_and(|commands| commands.send(command).is_ok());
+        if sent {
+            Ok(())
+        } else {
+            Err(VcpuError::OutOfStep { id: self.id })
+        }
     }
 
     /// Set it to the kernel's entry point; answered by [`Self::done`].
@@ -237,8 +246,9 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
-        self.commands = None;
+        // While the thread is certainly there: it unmaps the immediate-exit byte when it ends.
         self.request_stop();
+        self.commands = None;
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -321,7 +331,9 @@ impl Thread {
             }
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen | VcpuExit::Hlt) => return self.interrupted(),
             Ok(VcpuExit::Shutdown) => ExitReason::Reboot,
-            Ok(VcpuExit::InternalError) => failed(format!("KVM internal error: {}", internal_error(&mut self.fd))),
+            Ok(VcpuExit::InternalError) => {
+                failed(format!("KVM internal error: {}", internal_error(&mut self.fd)))
+            }
             Ok(exit) => failed(format!("unexpected exit {exit:?}")),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return self.interrupted(),
             Err(error) => failed(format!("KVM_RUN failed: {error}")),
@@ -331,7 +343,11 @@ impl Thread {
     }
 
     fn interrupted(&self) -> Next {
-        if self.stop.load(Ordering::SeqCst) { Next::Stop } else { Next::Continue }
+        if self.stop.load(Ordering::SeqCst) {
+            Next::Stop
+        } else {
+            Next::Continue
+        }
     }
 }
 

@@ -271,12 +271,18 @@ impl Vm {
         self.n_jobs += 1;
         let job = self.n_jobs;
         let events = Arc::clone(&self.events);
-        let writer = std::thread::Builder::new().name("persist".to_owned()).spawn(move || {
-            let result = persist.run();
-            events(VmEvent::PersistEnded { job, result });
-        });
+        let writer = std::thread::Builder::new()
+            .name("persist".to_owned())
+            .spawn(move || {
+                let result = persist.run();
+                events(VmEvent::PersistEnded { job, result });
+            });
         self.writer = Some(writer.map_err(VmError::Thread)?);
-        self.phase = Phase::Persisting { job, cancel, baseline };
+        self.phase = Phase::Persisting {
+            job,
+            cancel,
+            baseline,
+        };
         Ok(())
     }
 
@@ -290,7 +296,11 @@ impl Vm {
         result: Result<PersistStats, PersistError>,
     ) -> Result<Option<Result<PersistStats, PersistError>>, VmError> {
         let baseline = match &self.phase {
-            Phase::Persisting { job: current, baseline, .. } if *current == job => Arc::clone(baseline),
+            Phase::Persisting {
+                job: current,
+                baseline,
+                ..
+            } if *current == job => Arc::clone(baseline),
             _ => return Ok(None),
         };
         if let Ok(stats) = &result {
@@ -321,7 +331,9 @@ impl Vm {
         for first in (0..n_pages).step_by(256) {
             let n = usize::try_from((n_pages - first).min(256)).unwrap_or(0);
             self.ram.copy_out(first, &mut buffer[..n * PAGE_SIZE]);
-            target.write_all(&buffer[..n * PAGE_SIZE]).map_err(VmError::Dump)?;
+            target
+                .write_all(&buffer[..n * PAGE_SIZE])
+                .map_err(VmError::Dump)?;
         }
         Ok(())
     }
@@ -341,14 +353,21 @@ impl Vm {
 
     /// The baseline, if the target is its file.
     fn in_place(&self, target: &File) -> Result<Option<Arc<ImageFile>>, VmError> {
-        let Some(baseline) = &self.baseline else { return Ok(None) };
+        let Some(baseline) = &self.baseline else {
+            return Ok(None);
+        };
         let same = baseline.is_same_file(target).map_err(VmError::ImageFile)?;
         Ok(same.then(|| Arc::clone(baseline)))
     }
 
     fn disk_flush(&self) -> FlushDisk {
         let devices = Arc::clone(&self.devices);
-        Box::new(move || devices.write().unwrap_or_else(PoisonError::into_inner).flush_disk())
+        Box::new(move || {
+            devices
+                .write()
+                .unwrap_or_else(PoisonError::into_inner)
+                .flush_disk()
+        })
     }
 }
 

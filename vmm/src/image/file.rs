@@ -57,7 +57,9 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
 #[must_use]
 pub fn is_zero(bytes: &[u8]) -> bool {
     // In blocks, so that the compiler makes vector code of the inner loop and the outer one can end early.
-    bytes.chunks(256).all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+    bytes
+        .chunks(256)
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// CRC32C of a page of zeros.
@@ -127,7 +129,10 @@ impl ImageFile {
     fn block(&self, page: u64) -> io::Result<(&Block, usize)> {
         let outside = || io::Error::from(io::ErrorKind::InvalidInput);
         let index = page / BLOCK_PAGES;
-        let slot = usize::try_from(index).ok().and_then(|i| self.blocks.get(i)).ok_or_else(outside)?;
+        let slot = usize::try_from(index)
+            .ok()
+            .and_then(|i| self.blocks.get(i))
+            .ok_or_else(outside)?;
         let within = usize::try_from(page % BLOCK_PAGES).map_err(|_| outside())?;
         if let Some(block) = slot.get() {
             return Ok((block, within));
@@ -145,7 +150,10 @@ impl ImageFile {
             let offset = self.layout.checksums_offset() + index * BLOCK_PAGES * 4;
             self.file.read_exact_at(&mut bytes, offset)?;
             let sum = |chunk: &[u8]| u32::from_le_bytes(chunk.try_into().unwrap_or_default());
-            bytes.chunks_exact(4).map(|chunk| AtomicU32::new(sum(chunk))).collect()
+            bytes
+                .chunks_exact(4)
+                .map(|chunk| AtomicU32::new(sum(chunk)))
+                .collect()
         };
         Ok(Block {
             sums,
@@ -180,7 +188,9 @@ impl ImageFile {
                 self.block(index * BLOCK_PAGES)?;
             }
             let slot = usize::try_from(index).ok().and_then(|i| self.blocks.get(i));
-            let Some(block) = slot.and_then(OnceLock::get) else { continue };
+            let Some(block) = slot.and_then(OnceLock::get) else {
+                continue;
+            };
             if !block.changed.load(Ordering::Acquire) {
                 continue;
             }

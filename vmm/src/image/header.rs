@@ -71,7 +71,9 @@ impl HostSignature {
     #[must_use]
     pub fn new(arch: &str, vendor: &str, family: u32, model: u32, stepping: u32, features: &[u8]) -> Self {
         let release = nix::sys::utsname::uname();
-        let release = release.map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+        let release = release
+            .map(|name| name.release().to_string_lossy().into_owned())
+            .unwrap_or_default();
         Self {
             arch: arch.to_owned(),
             vendor: vendor.to_owned(),
@@ -238,8 +240,12 @@ impl Header {
             return Err(HeaderError::Version { found: get32(8) });
         }
         let signature_len = get32(88) as usize;
-        let signature = SIGNATURE_OFFSET.checked_add(signature_len).filter(|end| *end <= CRC_OFFSET);
-        let signature = signature.and_then(|end| page.get(SIGNATURE_OFFSET..end)).ok_or(HeaderError::Signature)?;
+        let signature = SIGNATURE_OFFSET
+            .checked_add(signature_len)
+            .filter(|end| *end <= CRC_OFFSET);
+        let signature = signature
+            .and_then(|end| page.get(SIGNATURE_OFFSET..end))
+            .ok_or(HeaderError::Signature)?;
         let header = Self {
             valid: get32(12) & FLAG_VALID != 0,
             generation: get64(16),

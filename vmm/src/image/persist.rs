@@ -116,7 +116,11 @@ pub struct Persist {
 
 /// How a persist sees whether to go on.
 pub(super) fn check_cancel(cancel: &AtomicBool) -> Result<(), PersistError> {
-    if cancel.load(Ordering::Acquire) { Err(PersistError::Cancelled) } else { Ok(()) }
+    if cancel.load(Ordering::Acquire) {
+        Err(PersistError::Cancelled)
+    } else {
+        Ok(())
+    }
 }
 
 impl Persist {
@@ -132,7 +136,13 @@ impl Persist {
                 len: self.contents.vmstate.len(),
             });
         }
-        let plan = Plan::make(&self.ram, &self.baseline, self.source.as_deref(), self.fresh, &self.cancel)?;
+        let plan = Plan::make(
+            &self.ram,
+            &self.baseline,
+            self.source.as_deref(),
+            self.fresh,
+            &self.cancel,
+        )?;
         self.reserve(layout, &plan)?;
         check_cancel(&self.cancel)?;
         let working_set = encode_working_set(&self.contents.working_set);
@@ -141,21 +151,34 @@ impl Persist {
         self.target.sync_data().map_err(failed("clear the valid flag"))?;
         let mut written_bytes = self.write_pages(&plan)?;
         self.punch_holes(layout, &plan)?;
-        written_bytes += self.baseline.write_checksums(&self.target).map_err(failed("write checksums"))?;
+        written_bytes += self
+            .baseline
+            .write_checksums(&self.target)
+            .map_err(failed("write checksums"))?;
         for (bytes, offset, operation) in [
-            (&self.contents.vmstate, layout.vmstate_offset(), "write the machine state"),
+            (
+                &self.contents.vmstate,
+                layout.vmstate_offset(),
+                "write the machine state",
+            ),
             (&working_set, layout.working_set_offset(), "write the working set"),
         ] {
-            self.target.write_all_at(bytes, offset).map_err(failed(operation))?;
+            self.target
+                .write_all_at(bytes, offset)
+                .map_err(failed(operation))?;
             written_bytes += bytes.len() as u64;
         }
         check_cancel(&self.cancel)?;
         (self.flush_disk)().map_err(failed("flush the disk"))?;
-        self.target.sync_data().map_err(failed("make the image durable"))?;
+        self.target
+            .sync_data()
+            .map_err(failed("make the image durable"))?;
         check_cancel(&self.cancel)?;
         header.valid = true;
         let page = header.encode()?;
-        self.target.write_all_at(&page, 0).map_err(failed("set the valid flag"))?;
+        self.target
+            .write_all_at(&page, 0)
+            .map_err(failed("set the valid flag"))?;
         self.target.sync_data().map_err(failed("set the valid flag"))?;
         Ok(PersistStats {
             generation: self.contents.generation,
@@ -185,7 +208,9 @@ impl Persist {
 
     fn write_header(&self, header: &Header) -> Result<(), PersistError> {
         let page = header.encode()?;
-        self.target.write_all_at(&page, 0).map_err(failed("clear the valid flag"))
+        self.target
+            .write_all_at(&page, 0)
+            .map_err(failed("clear the valid flag"))
     }
 
     /// Have all room before the old image is given up.
@@ -194,7 +219,9 @@ impl Persist {
             // Whatever the file held is not this machine's: no hole may show it.
             self.target.set_len(0).map_err(failed("truncate the image"))?;
         }
-        self.target.set_len(layout.file_len()).map_err(failed("size the image"))?;
+        self.target
+            .set_len(layout.file_len())
+            .map_err(failed("size the image"))?;
         self.allocate(0..layout.vmstate_offset() + self.contents.vmstate.len() as u64)?;
         self.allocate(layout.checksums_offset()..layout.data_offset())?;
         for pages in &plan.write {
@@ -224,10 +251,14 @@ impl Persist {
                 self.content(plan, pages.clone(), content)?;
                 for (page, bytes) in pages.clone().zip(content.chunks_exact(PAGE_SIZE)) {
                     let sum = crc32c::crc32c(bytes);
-                    self.baseline.set_checksum(page, sum).map_err(failed("note a checksum"))?;
+                    self.baseline
+                        .set_checksum(page, sum)
+                        .map_err(failed("note a checksum"))?;
                 }
                 let offset = layout.page_offset(pages.start);
-                self.target.write_all_at(content, offset).map_err(failed("write guest memory"))?;
+                self.target
+                    .write_all_at(content, offset)
+                    .map_err(failed("write guest memory"))?;
                 written_bytes += content.len() as u64;
             }
         }
@@ -256,7 +287,9 @@ impl Persist {
             }
             for page in pages.clone() {
                 let sum = super::file::zero_checksum();
-                self.baseline.set_checksum(page, sum).map_err(failed("note a checksum"))?;
+                self.baseline
+                    .set_checksum(page, sum)
+                    .map_err(failed("note a checksum"))?;
             }
         }
         Ok(())
@@ -264,7 +297,9 @@ impl Persist {
 
     fn write_zeros(&self, bytes: &Range<u64>) -> Result<(), PersistError> {
         for offset in (bytes.start..bytes.end).step_by(PAGE_SIZE) {
-            self.target.write_all_at(&[0; PAGE_SIZE], offset).map_err(failed("zero pages of the image"))?;
+            self.target
+                .write_all_at(&[0; PAGE_SIZE], offset)
+                .map_err(failed("zero pages of the image"))?;
         }
         Ok(())
     }
@@ -286,7 +321,9 @@ fn fallocate_range(file: &File, flags: FallocateFlags, bytes: &Range<u64>) -> io
 pub(super) fn chunks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     let step = usize::try_from(CHUNK_PAGES).unwrap_or(1);
     let end = pages.end;
-    pages.step_by(step).map(move |from| from..(from + CHUNK_PAGES).min(end))
+    pages
+        .step_by(step)
+        .map(move |from| from..(from + CHUNK_PAGES).min(end))
 }
 
 #[cfg(test)]

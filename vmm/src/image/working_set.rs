@@ -44,11 +44,15 @@ impl Extent {
 pub fn merge_working_set(previous: &[Extent], touched: &[Extent], generation: u64) -> Vec<Extent> {
     let mut seen = HashSet::new();
     let mut n_pages = 0;
-    let kept = previous.iter().zip(0u64..).filter(|(_, index)| {
-        index % FORGET_ONE_IN != generation % FORGET_ONE_IN
-    });
+    let kept = previous
+        .iter()
+        .zip(0u64..)
+        .filter(|(_, index)| index % FORGET_ONE_IN != generation % FORGET_ONE_IN);
     let all = touched.iter().chain(kept.map(|(extent, _)| extent));
-    let most = usize::try_from(WORKING_SET_CAPACITY).unwrap_or(0).saturating_sub(HEADER_LEN) / EXTENT_LEN;
+    let most = usize::try_from(WORKING_SET_CAPACITY)
+        .unwrap_or(0)
+        .saturating_sub(HEADER_LEN)
+        / EXTENT_LEN;
     all.filter(|extent| seen.insert(**extent))
         .take_while(|extent| {
             n_pages += u64::from(extent.n_pages);
@@ -78,7 +82,9 @@ pub fn encode_working_set(extents: &[Extent]) -> Vec<u8> {
 pub fn decode_working_set(bytes: &[u8], n_pages: u64) -> Option<Vec<Extent>> {
     let (count, rest) = bytes.split_first_chunk::<4>()?;
     let (sum, body) = rest.split_first_chunk::<4>()?;
-    let len = usize::try_from(u32::from_le_bytes(*count)).ok()?.checked_mul(EXTENT_LEN)?;
+    let len = usize::try_from(u32::from_le_bytes(*count))
+        .ok()?
+        .checked_mul(EXTENT_LEN)?;
     if body.len() != len || crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
         return None;
     }

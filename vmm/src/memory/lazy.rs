@@ -8,7 +8,7 @@
 //! The working set is what is recorded here: the windows filled by faults, in order, until the first response
 //! byte left.
 
-use super::{MemoryError, Ram, PageBitmap};
+use super::{MemoryError, PageBitmap, Ram};
 use crate::image::{Extent, PageSource, is_zero};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::sys::process::as_fd;
@@ -106,7 +106,8 @@ impl LazyMemory {
             operation: "register guest memory",
             source,
         };
-        uffd.register(ram.hva(0), ram.layout().len_bytes()).map_err(register)?;
+        uffd.register(ram.hva(0), ram.layout().len_bytes())
+            .map_err(register)?;
         let shared = Arc::new(Shared {
             filled: PageBitmap::new(ram.layout().n_pages()),
             ram,
@@ -161,7 +162,9 @@ impl LazyMemory {
     pub fn first_byte(&self) -> Vec<Extent> {
         let counters = &self.shared.counters;
         let faults = counters.faults.load(Ordering::Relaxed);
-        let _ = counters.faults_first_byte.compare_exchange(0, faults, Ordering::Relaxed, Ordering::Relaxed);
+        let _ = counters
+            .faults_first_byte
+            .compare_exchange(0, faults, Ordering::Relaxed, Ordering::Relaxed);
         self.shared.stop_recording()
     }
 
@@ -222,33 +225,47 @@ impl Shared {
         }
         self.fill(window, buffer)?;
         // Another vCPU's fault may have brought the page between this fault and now: nobody else wakes it.
-        self.uffd.wake(self.ram.hva(page * PAGE_BYTES), PAGE_BYTES).map_err(|source| FillError::Place {
-            first: page,
-            end: page + 1,
-            source,
-        })
+        self.uffd
+            .wake(self.ram.hva(page * PAGE_BYTES), PAGE_BYTES)
+            .map_err(|source| FillError::Place {
+                first: page,
+                end: page + 1,
+                source,
+            })
     }
 
     fn record(&self, window: &Range<u64>) {
-        let mut recorded = self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut recorded = self
+            .recorded
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         if let Some(extents) = recorded.as_mut() {
             extents.extend(Extent::new(window.clone()));
         }
     }
 
     fn stop_recording(&self) -> Vec<Extent> {
-        let mut recorded = self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut recorded = self
+            .recorded
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         recorded.take().unwrap_or_default()
     }
 
     /// Fill the missing pages of a range that fits the buffer.
     fn fill(&self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
-        let _no_discard = self.ram.fill.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let _no_discard = self
+            .ram
+            .fill
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut n_filled = 0;
         let mut page = pages.start;
         while page < pages.end {
             let kind = self.kind(page);
-            let end = (page + 1..pages.end).find(|next| self.kind(*next) != kind).unwrap_or(pages.end);
+            let end = (page + 1..pages.end)
+                .find(|next| self.kind(*next) != kind)
+                .unwrap_or(pages.end);
             match kind {
                 Kind::Filled => {}
                 // May be present: it was touched again after it was given back.
@@ -275,7 +292,9 @@ impl Shared {
     }
 
     fn fill_from_source(&self, pages: Range<u64>, buffer: &mut [u8]) -> Result<(), FillError> {
-        let len = usize::try_from(pages.end - pages.start).unwrap_or(usize::MAX).saturating_mul(PAGE_SIZE);
+        let len = usize::try_from(pages.end - pages.start)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(PAGE_SIZE);
         let buffer = &mut buffer[..len];
         let failed = |source| FillError::Source {
             first: pages.start,
@@ -358,7 +377,10 @@ pub(crate) fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 fn runs(mut rest: &[u8]) -> impl Iterator<Item = Run<'_>> {
     std::iter::from_fn(move || {
         let zero = is_zero(rest.get(..PAGE_SIZE)?);
-        let n_same = rest.chunks_exact(PAGE_SIZE).take_while(|page| is_zero(page) == zero).count();
+        let n_same = rest
+            .chunks_exact(PAGE_SIZE)
+            .take_while(|page| is_zero(page) == zero)
+            .count();
         let (bytes, after) = rest.split_at(n_same * PAGE_SIZE);
         rest = after;
         Some(Run { bytes, zero })

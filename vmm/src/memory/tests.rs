@@ -61,8 +61,13 @@ fn lazy(mem_mib: u32, broken: Option<u64>) -> Lazy {
     let (sender, failures) = channel();
     let on_failure = Box::new(move |error| sender.send(error).unwrap());
     let uffd = Uffd::open().unwrap();
-    let lazy =
-        LazyMemory::start(Arc::clone(&ram), uffd, Arc::clone(&source) as Arc<dyn PageSource>, on_failure).unwrap();
+    let lazy = LazyMemory::start(
+        Arc::clone(&ram),
+        uffd,
+        Arc::clone(&source) as Arc<dyn PageSource>,
+        on_failure,
+    )
+    .unwrap();
     Lazy {
         lazy,
         source,
@@ -87,7 +92,10 @@ fn every_page_is_filled_with_its_own_content_when_touched() {
     // The window's other pages may still be on their way; the thread ends after them.
     drop(guest.lazy);
     let present = guest.ram.present().unwrap();
-    assert_eq!(present.iter().map(|range| range.end - range.start).sum::<u64>(), 64);
+    assert_eq!(
+        present.iter().map(|range| range.end - range.start).sum::<u64>(),
+        64
+    );
 }
 
 #[test]
@@ -123,7 +131,10 @@ fn a_broken_page_is_reported_and_its_reader_never_goes_on() {
                 ..
             }
         ));
-        assert!(went_on.try_recv().is_err(), "the reader saw a page that failed its check");
+        assert!(
+            went_on.try_recv().is_err(),
+            "the reader saw a page that failed its check"
+        );
         // Closing userfaultfd lets the reader end; in production the process ends instead.
         drop(guest.lazy);
     });
@@ -132,7 +143,10 @@ fn a_broken_page_is_reported_and_its_reader_never_goes_on() {
 #[test]
 fn a_prefetched_working_set_raises_no_fault() {
     let guest = lazy(128, None);
-    let extents: Vec<_> = [0..16, 48..64, 16..48, 5000..5300].into_iter().filter_map(Extent::new).collect();
+    let extents: Vec<_> = [0..16, 48..64, 16..48, 5000..5300]
+        .into_iter()
+        .filter_map(Extent::new)
+        .collect();
     assert_eq!(guest.lazy.prefetch(&extents).unwrap(), 364);
     for page in (0..64).chain(5000..5300) {
         assert_eq!(number_at(&guest.memory, page), numbered(page));
@@ -144,7 +158,10 @@ fn a_prefetched_working_set_raises_no_fault() {
 fn a_prefetch_of_a_broken_page_fails() {
     let guest = lazy(128, Some(7));
     let extent = Extent::new(0..16).unwrap();
-    assert!(matches!(guest.lazy.prefetch(&[extent]), Err(FillError::Source { .. })));
+    assert!(matches!(
+        guest.lazy.prefetch(&[extent]),
+        Err(FillError::Source { .. })
+    ));
 }
 
 #[test]
@@ -171,8 +188,14 @@ fn a_discarded_page_is_zero_and_never_comes_back_from_the_image() {
         assert_eq!(number_at(&guest.memory, page), 0, "page {page}");
     }
     assert_eq!(number_at(&guest.memory, 64), 0);
-    assert_eq!((number_at(&guest.memory, 41), number_at(&guest.memory, 65)), (41, 65));
-    guest.memory.write_obj(7u64, GuestAddress(33 * PAGE_BYTES)).unwrap();
+    assert_eq!(
+        (number_at(&guest.memory, 41), number_at(&guest.memory, 65)),
+        (41, 65)
+    );
+    guest
+        .memory
+        .write_obj(7u64, GuestAddress(33 * PAGE_BYTES))
+        .unwrap();
     assert_eq!(number_at(&guest.memory, 33), 7);
 }
 
@@ -180,7 +203,14 @@ fn a_discarded_page_is_zero_and_never_comes_back_from_the_image() {
 fn what_a_guest_gives_back_is_cut_to_whole_pages_of_its_ram() {
     let guest = lazy(128, None);
     let end = 128 << 20;
-    for (gpa, len) in [(u64::MAX, 4096), (end, 4096), (end - 4096, 8192), (1, 4096), (4096, 4095), (0, u64::MAX)] {
+    for (gpa, len) in [
+        (u64::MAX, 4096),
+        (end, 4096),
+        (end - 4096, 8192),
+        (1, 4096),
+        (4096, 4095),
+        (0, u64::MAX),
+    ] {
         guest.ram.discard(gpa, len);
     }
     assert!((0..guest.ram.layout().n_pages()).all(|page| !guest.ram.is_discarded(page)));
@@ -201,7 +231,11 @@ fn discards_and_faults_at_once_lose_nothing_that_was_kept() {
             assert_eq!(number_at(&guest.memory, page), numbered(page));
         }
     });
-    assert!((1..4096).step_by(2).all(|page| number_at(&guest.memory, page) == 0));
+    assert!(
+        (1..4096)
+            .step_by(2)
+            .all(|page| number_at(&guest.memory, page) == 0)
+    );
 }
 
 #[test]

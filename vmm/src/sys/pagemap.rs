@@ -71,7 +71,14 @@ impl Pagemap {
     }
 
     fn scan(&self, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
-        let mut regions = vec![Region { start: 0, end: 0, categories: 0 }; REGIONS_PER_SCAN];
+        let mut regions = vec![
+            Region {
+                start: 0,
+                end: 0,
+                categories: 0
+            };
+            REGIONS_PER_SCAN
+        ];
         let mut ranges: Vec<Range<u64>> = Vec::new();
         let end = start + len;
         let mut from = start;
@@ -100,7 +107,10 @@ impl Pagemap {
                 return Err(error);
             };
             for region in &regions[..n.min(REGIONS_PER_SCAN)] {
-                push(&mut ranges, (region.start - start) / PAGE..(region.end - start) / PAGE);
+                push(
+                    &mut ranges,
+                    (region.start - start) / PAGE..(region.end - start) / PAGE,
+                );
             }
             if arg.walk_end <= from {
                 return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
@@ -116,8 +126,11 @@ impl Pagemap {
         let mut buffer = vec![0u8; 64 << 10];
         let mut page = 0;
         while page < n_pages {
-            let wanted = usize::try_from((n_pages - page) * 8).unwrap_or(usize::MAX).min(buffer.len());
-            self.file.read_exact_at(&mut buffer[..wanted], (start / PAGE + page) * 8)?;
+            let wanted = usize::try_from((n_pages - page) * 8)
+                .unwrap_or(usize::MAX)
+                .min(buffer.len());
+            self.file
+                .read_exact_at(&mut buffer[..wanted], (start / PAGE + page) * 8)?;
             for entry in buffer[..wanted].chunks_exact(8) {
                 let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
                 if entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 {

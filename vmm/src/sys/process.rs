@@ -18,7 +18,11 @@ pub fn install_kick_handler() -> io::Result<()> {
     action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
     // SAFETY: `action` is initialised, its handler is async-signal-safe because it does nothing.
     let rc = unsafe { libc::sigaction(libc::SIGRTMIN(), &raw const action, std::ptr::null_mut()) };
-    if rc == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if rc == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// Interrupt a thread's system call.
@@ -42,7 +46,11 @@ pub fn random_bytes() -> io::Result<[u8; 16]> {
     let mut bytes = [0; 16];
     // SAFETY: the buffer has the length that is given.
     let n = unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), bytes.len(), 0) };
-    if usize::try_from(n) == Ok(bytes.len()) { Ok(bytes) } else { Err(io::Error::last_os_error()) }
+    if usize::try_from(n) == Ok(bytes.len()) {
+        Ok(bytes)
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 /// An event descriptor, borrowed.

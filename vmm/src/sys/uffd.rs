@@ -89,7 +89,11 @@ impl Uffd {
     /// # Errors
     /// Neither is allowed to this process, or the kernel is too old.
     pub fn open() -> io::Result<Self> {
-        let fd = match std::fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd") {
+        let fd = match std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/userfaultfd")
+        {
             Ok(device) => {
                 let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
                 // SAFETY: this ioctl takes flags by value and returns a new descriptor.
@@ -114,7 +118,11 @@ impl Uffd {
         };
         // SAFETY: `api` is the structure of this ioctl, asserted above.
         let rc = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
-        if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(Self { fd }) }
+        if rc < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(Self { fd })
+        }
     }
 
     /// Raise an event for every missing page of a range.
@@ -129,7 +137,11 @@ impl Uffd {
         };
         // SAFETY: `register` is the structure of this ioctl, asserted above.
         let rc = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_REGISTER, &raw mut register) };
-        if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if rc < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 
     /// Addresses of the faults that wait, appended to `addresses`; none if nobody waits.
@@ -147,7 +159,11 @@ impl Uffd {
         let mut messages = [empty; EVENTS_PER_READ];
         // SAFETY: the buffer has EVENTS_PER_READ messages, of which any bytes are valid values.
         let n = unsafe {
-            libc::read(self.fd.as_raw_fd(), messages.as_mut_ptr().cast(), size_of_val(&messages))
+            libc::read(
+                self.fd.as_raw_fd(),
+                messages.as_mut_ptr().cast(),
+                size_of_val(&messages),
+            )
         };
         let Ok(n) = usize::try_from(n) else {
             let error = io::Error::last_os_error();
@@ -157,7 +173,12 @@ impl Uffd {
             };
         };
         let events = &messages[..n / size_of::<Message>()];
-        addresses.extend(events.iter().filter(|m| m.event == EVENT_PAGEFAULT).map(|m| m.address));
+        addresses.extend(
+            events
+                .iter()
+                .filter(|m| m.event == EVENT_PAGEFAULT)
+                .map(|m| m.address),
+        );
         Ok(())
     }
 
@@ -202,7 +223,11 @@ impl Uffd {
         let mut range = Range { start, len };
         // SAFETY: `range` is the structure of this ioctl.
         let rc = unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WAKE, &raw mut range) };
-        if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if rc < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     }
 }
 

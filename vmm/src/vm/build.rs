@@ -41,7 +41,11 @@ impl Files {
     /// # Errors
     /// It did not come with the request.
     pub fn take(&mut self, role: FdRole) -> Result<OwnedFd, VmError> {
-        let index = self.fds.iter().position(|(r, _)| *r == role).ok_or(VmError::MissingFd(role))?;
+        let index = self
+            .fds
+            .iter()
+            .position(|(r, _)| *r == role)
+            .ok_or(VmError::MissingFd(role))?;
         Ok(self.fds.swap_remove(index).1)
     }
 
@@ -101,10 +105,14 @@ impl Prepared {
         }
         arch::create_interrupt_controller(&vm_fd)?;
         let profile = arch::prepare_cpuid(&host, shape.vcpus)?;
-        let fds = (0..shape.vcpus).map(|id| vcpu::create(&vm_fd, id, &profile)).collect::<Result<Vec<_>, _>>()?;
+        let fds = (0..shape.vcpus)
+            .map(|id| vcpu::create(&vm_fd, id, &profile))
+            .collect::<Result<Vec<_>, _>>()?;
         let devices = Arc::new(RwLock::new(DeviceSet::prepare(&vm_fd)?));
         let generation_event = EventFd::new(libc::EFD_CLOEXEC).map_err(VmError::EventFd)?;
-        vm_fd.register_irqfd(&generation_event, GED_GSI).map_err(kvm("register the event device's interrupt"))?;
+        vm_fd
+            .register_irqfd(&generation_event, GED_GSI)
+            .map_err(kvm("register the event device's interrupt"))?;
         let pm1 = Arc::new(Pm1::default());
         let context = VcpuContext {
             pm1: Arc::clone(&pm1),
@@ -165,7 +173,11 @@ impl Prepared {
     ) -> Result<Vec<crate::devices::MmioDeviceInfo>, VmError> {
         let ram = Arc::clone(&self.ram);
         let mut devices = self.devices.write().unwrap_or_else(PoisonError::into_inner);
-        devices.attach(memory, backends, Arc::new(move |gpa, len| ram.discard(gpa.raw_value(), len)))?;
+        devices.attach(
+            memory,
+            backends,
+            Arc::new(move |gpa, len| ram.discard(gpa.raw_value(), len)),
+        )?;
         Ok(devices.mmio_devices())
     }
 
@@ -203,7 +215,10 @@ impl Prepared {
 }
 
 fn no_uffd(source: std::io::Error) -> crate::memory::MemoryError {
-    crate::memory::MemoryError::Uffd { operation: "begin", source }
+    crate::memory::MemoryError::Uffd {
+        operation: "begin",
+        source,
+    }
 }
 
 fn exit_sink(events: &EventSink) -> ExitSink {

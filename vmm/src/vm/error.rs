@@ -170,7 +170,9 @@ impl From<&PersistError> for VmmError {
             PersistError::Cancelled => VmmErrorCode::Cancelled,
             PersistError::DiskFull { .. } => VmmErrorCode::DiskFull,
             PersistError::Source(_) => VmmErrorCode::ImageCorrupt,
-            PersistError::Io { .. } | PersistError::StateTooLarge { .. } | PersistError::Header(_) => VmmErrorCode::Io,
+            PersistError::Io { .. } | PersistError::StateTooLarge { .. } | PersistError::Header(_) => {
+                VmmErrorCode::Io
+            }
         };
         Self {
             code,

@@ -79,7 +79,10 @@ impl Prepared {
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
         self.pm1.restore(state.pm1_enable);
-        self.devices.write().unwrap_or_else(PoisonError::into_inner).restore(&state.devices)?;
+        self.devices
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .restore(&state.devices)?;
         if request.fork {
             self.new_generation_id(&memory)?;
         }
@@ -110,24 +113,46 @@ impl Prepared {
         wanted: u64,
     ) -> Result<(), VmError> {
         self.attach(memory, backends)?;
-        let found = self.devices.read().unwrap_or_else(PoisonError::into_inner).disk_generation();
-        if found == wanted { Ok(()) } else { Err(VmError::DiskGeneration { found, wanted }) }
+        let found = self
+            .devices
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .disk_generation();
+        if found == wanted {
+            Ok(())
+        } else {
+            Err(VmError::DiskGeneration { found, wanted })
+        }
     }
 
     /// The second-level page table of the working set: by the first vCPU, because all share it.
     fn pre_fault(&self, working_set: &[Extent]) -> Result<(), VmError> {
-        let Some(first) = self.vcpus.first().filter(|_| self.can_pre_fault && !working_set.is_empty()) else {
+        let Some(first) = self
+            .vcpus
+            .first()
+            .filter(|_| self.can_pre_fault && !working_set.is_empty())
+        else {
             return Ok(());
         };
         let layout = self.ram.layout();
-        let pages = union(working_set.iter().map(|extent| extent.pages(layout.n_pages())).collect());
-        let ranges = pages.into_iter().flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
+        let pages = union(
+            working_set
+                .iter()
+                .map(|extent| extent.pages(layout.n_pages()))
+                .collect(),
+        );
+        let ranges = pages
+            .into_iter()
+            .flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
         first.pre_fault(ranges.collect())?;
         Ok(first.done()?)
     }
 
     fn release(&self, fork: bool) -> Result<(), VmError> {
-        self.devices.write().unwrap_or_else(PoisonError::into_inner).resume_after_restore();
+        self.devices
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .resume_after_restore();
         for vcpu in &self.vcpus {
             vcpu.run()?;
         }

@@ -11,6 +11,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 use torpor_api::vmm::{
     Event, FdRole, Message, Outcome, Reply, Request, RequestFrame, RestoreTrace, Shape, VmmError,
+    VmmErrorCode,
 };
 
 /// Emulated hosts are slow.
@@ -45,20 +46,38 @@ impl Machine {
         machine
     }
 
+    /// The same machine, to be changed.
+    pub fn twin(&self) -> Self {
+        Self {
+            dir: self.dir.clone(),
+            kernel: self.kernel.clone(),
+            base: self.base.clone(),
+            shape: self.shape,
+        }
+    }
+
     /// One of its files, made if it is not there.
     pub fn open(&self, name: &str) -> File {
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
-        options.open(self.dir.join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
+        options
+            .open(self.dir.join(name))
+            .unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
     fn backends(&self) -> Vec<(FdRole, OwnedFd)> {
         let socket = self.dir.join("vsock.sock");
         let _ = std::fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).expect("vsock listener");
-        let console = OpenOptions::new().create(true).append(true).open(self.dir.join("console.log"));
+        let console = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("console.log"));
         vec![
-            (FdRole::DiskBase, File::open(&self.base).expect("base disk").into()),
+            (
+                FdRole::DiskBase,
+                File::open(&self.base).expect("base disk").into(),
+            ),
             (FdRole::DiskOverlay, self.open("disk.qcow2").into()),
             (FdRole::DiskGeneration, self.open("disk.gen").into()),
             (FdRole::Tap, super::sys::open_tap("ttest0").expect("tap").into()),
@@ -81,7 +100,9 @@ impl Machine {
     /// Wait until `found` sees what it wants in the console.
     pub fn wait_console<T>(&self, what: &str, found: impl Fn(&str) -> Option<T>) -> T {
         let watch = Inotify::init(InitFlags::IN_CLOEXEC).expect("inotify");
-        watch.add_watch(&self.dir.join("console.log"), AddWatchFlags::IN_MODIFY).expect("console.log");
+        watch
+            .add_watch(&self.dir.join("console.log"), AddWatchFlags::IN_MODIFY)
+            .expect("console.log");
         let started = Instant::now();
         loop {
             let text = self.console();
@@ -102,13 +123,26 @@ impl Machine {
 
     /// Wait until the guest printed a later one.
     pub fn wait_tick_after(&self, tick: u64) -> u64 {
-        self.wait_console(&format!("a tick after {tick}"), |text| last_tick(text).filter(|n| *n > tick))
+        self.wait_console(&format!("a tick after {tick}"), |text| {
+            last_tick(text).filter(|n| *n > tick)
+        })
     }
 }
 
 fn last_tick(text: &str) -> Option<u64> {
-    let lines = text.lines().rev().filter(|line| line.ends_with('.') || line.ends_with(".\r"));
-    lines.filter_map(|line| line.trim_end().trim_end_matches('.').strip_prefix("tick ")?.parse().ok()).next()
+    let lines = text
+        .lines()
+        .rev()
+        .filter(|line| line.ends_with('.') || line.ends_with(".\r"));
+    lines
+        .filter_map(|line| {
+            line.trim_end()
+                .trim_end_matches('.')
+                .strip_prefix("tick ")?
+                .parse()
+                .ok()
+        })
+        .next()
 }
 
 fn wait_readable(fd: std::os::fd::BorrowedFd<'_>, timeout: Duration) -> bool {
@@ -139,11 +173,19 @@ impl Vmm {
         let path = dir.join(format!("control-{}.sock", std::process::id()));
         let _ = std::fs::remove_file(&path);
         let listener = torpor_ipc::listen_at(&path).expect("listen");
-        let log = OpenOptions::new().create(true).append(true).open(dir.join("vmm.log")).expect("vmm.log");
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(dir.join("vmm.log"))
+            .expect("vmm.log");
         let child = Command::new("sh")
             .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
             .arg(program)
-            .args(std::env::var("TORPOR_VMM_ARGS").unwrap_or_default().split_whitespace())
+            .args(
+                std::env::var("TORPOR_VMM_ARGS")
+                    .unwrap_or_default()
+                    .split_whitespace(),
+            )
             .stdin(Stdio::from(listener))
             .stdout(Stdio::null())
             .stderr(Stdio::from(log))
@@ -167,13 +209,26 @@ impl Vmm {
         let id = self.next_id;
         self.next_id += 1;
         let (roles, fds): (Vec<_>, Vec<_>) = fds.into_iter().unzip();
-        let frame = RequestFrame { id, fds: roles, request };
+        let frame = RequestFrame {
+            id,
+            fds: roles,
+            request,
+        };
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         torpor_ipc::send(&self.socket, &serde_json::to_vec(&frame).expect("encode"), &raw).expect("send");
         loop {
             match self.receive() {
-                Message::Event { event } => self.events.push_back(event),
-                Message::Reply { id: answered, outcome } => {
+                None => {
+                    return Err(VmmError {
+                        code: VmmErrorCode::Io,
+                        message: "the VMM is gone".to_owned(),
+                    });
+                }
+                Some(Message::Event { event }) => self.events.push_back(event),
+                Some(Message::Reply {
+                    id: answered,
+                    outcome,
+                }) => {
                     assert_eq!(answered, id);
                     return match outcome {
                         Outcome::Ok(reply) => Ok(reply),
@@ -184,10 +239,16 @@ impl Vmm {
         }
     }
 
-    fn receive(&self) -> Message {
-        assert!(wait_readable(self.socket.as_fd(), PATIENCE), "the VMM does not answer");
-        let datagram = torpor_ipc::receive(&self.socket).expect("the VMM is there");
-        serde_json::from_slice(&datagram.bytes).expect("a message")
+    /// The next message; none if the process ended.
+    fn receive(&self) -> Option<Message> {
+        assert!(
+            wait_readable(self.socket.as_fd(), PATIENCE),
+            "the VMM does not answer"
+        );
+        match torpor_ipc::receive(&self.socket) {
+            Err(torpor_ipc::IpcError::Closed) => None,
+            datagram => Some(serde_json::from_slice(&datagram.expect("receive").bytes).expect("a message")),
+        }
     }
 
     /// Wait for an event.
@@ -196,15 +257,18 @@ impl Vmm {
             return event;
         }
         match self.receive() {
-            Message::Event { event } => event,
-            Message::Reply { .. } => panic!("an answer to no question"),
+            Some(Message::Event { event }) => event,
+            other => panic!("no event but {other:?}"),
         }
     }
 
     /// Boot the machine.
     pub fn boot(&mut self, machine: &Machine, cmdline: &str) {
         let mut fds = machine.backends();
-        fds.push((FdRole::Kernel, File::open(&machine.kernel).expect("kernel").into()));
+        fds.push((
+            FdRole::Kernel,
+            File::open(&machine.kernel).expect("kernel").into(),
+        ));
         let request = Request::Boot {
             cmdline: cmdline.to_owned(),
             console_limit: 64 << 20,
@@ -220,12 +284,27 @@ impl Vmm {
         generation: u64,
         fork: bool,
     ) -> Result<RestoreTrace, VmmError> {
+        self.restore_over(machine, name, generation, machine.disk_generation(), fork)
+    }
+
+    /// Restore it over a disk of which the manifest says that it has generation `disk_generation`.
+    pub fn restore_over(
+        &mut self,
+        machine: &Machine,
+        name: &str,
+        generation: u64,
+        disk_generation: u64,
+        fork: bool,
+    ) -> Result<RestoreTrace, VmmError> {
         let mut fds = machine.backends();
-        fds.push((FdRole::Image, File::open(machine.dir.join(name)).expect("image").into()));
+        fds.push((
+            FdRole::Image,
+            File::open(machine.dir.join(name)).expect("image").into(),
+        ));
         let request = Request::Restore {
             console_limit: 64 << 20,
             generation,
-            disk_generation: machine.disk_generation(),
+            disk_generation,
             fork,
         };
         match self.call(request, fds)? {
@@ -250,7 +329,12 @@ impl Vmm {
     }
 
     /// Write it, and wait until it is durable.
-    pub fn persist(&mut self, machine: &Machine, name: &str, generation: u64) -> torpor_api::vmm::PersistStats {
+    pub fn persist(
+        &mut self,
+        machine: &Machine,
+        name: &str,
+        generation: u64,
+    ) -> torpor_api::vmm::PersistStats {
         self.begin_persist(machine, name, generation);
         match self.event() {
             Event::PersistDone { stats } => stats,
@@ -261,7 +345,10 @@ impl Vmm {
     /// Run it on; whether that ended a persist, and the microseconds.
     pub fn run(&mut self) -> (bool, u64) {
         match self.call(Request::Run, Vec::new()) {
-            Ok(Reply::Ran { persist_cancelled, run_us }) => (persist_cancelled, run_us),
+            Ok(Reply::Ran {
+                persist_cancelled,
+                run_us,
+            }) => (persist_cancelled, run_us),
             other => panic!("{other:?}"),
         }
     }

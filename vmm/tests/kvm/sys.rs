@@ -17,7 +17,11 @@ const _: () = assert!(size_of::<InterfaceRequest>() == 40);
 
 /// Open, and make if needed, a tap as torpord hands it to a VMM.
 pub fn open_tap(name: &str) -> io::Result<File> {
-    let tun = OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    let tun = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open("/dev/net/tun")?;
     let mut request = InterfaceRequest {
         name: [0; 16],
         flags: u16::try_from(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR).unwrap_or(0),
@@ -26,5 +30,9 @@ pub fn open_tap(name: &str) -> io::Result<File> {
     request.name[..name.len()].copy_from_slice(name.as_bytes());
     // SAFETY: `request` is the ifreq of this ioctl and outlives the call.
     let rc = unsafe { libc::ioctl(tun.as_raw_fd(), TUNSETIFF, &raw mut request) };
-    if rc < 0 { Err(io::Error::last_os_error()) } else { Ok(tun) }
+    if rc < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(tun)
+    }
 }

@@ -4,11 +4,13 @@
 use super::ArchError;
 use crate::devices::MmioDeviceInfo;
 use crate::layout::{
-    ACPI_END, ACPI_START, GED_GSI, I8042_COMMAND_PORT, I8042_RESET, PM1_CONTROL_PORT, PM1_EVENT_PORT, SCI_GSI, VMGENID,
+    ACPI_END, ACPI_START, GED_GSI, I8042_COMMAND_PORT, I8042_RESET, PM1_CONTROL_PORT, PM1_EVENT_PORT,
+    SCI_GSI, VMGENID,
 };
 use acpi_tables::Aml;
 use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate, Scope, ZERO,
+    Device, EISAName, IO, Interrupt, Memory32Fixed, Method, Name, Notify, Package, Path, ResourceTemplate,
+    Scope, ZERO,
 };
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
@@ -78,7 +80,10 @@ fn fadt(dsdt: u64) -> Sdt {
     const NO_MSI: u16 = 1 << 3;
     const NO_ASPM: u16 = 1 << 4;
     const NO_RTC: u16 = 1 << 5;
-    let (facs, dsdt32) = (u32::try_from(ACPI_START).unwrap_or(0) + 64, u32::try_from(dsdt).unwrap_or(0));
+    let (facs, dsdt32) = (
+        u32::try_from(ACPI_START).unwrap_or(0) + 64,
+        u32::try_from(dsdt).unwrap_or(0),
+    );
     let mut table = Sdt::new(*b"FACP", 276, 6, OEM_ID, OEM_TABLE_ID, 1);
     table.write_u32(36, facs);
     table.write_u32(40, dsdt32);
@@ -156,26 +161,35 @@ fn device(name: &str, parts: Vec<&dyn Aml>) -> Encoded {
 
 fn virtio(info: &MmioDeviceInfo) -> Encoded {
     let name = format!("V{:03}", info.id % 1000);
-    let (base, len) = (u32::try_from(info.gpa).unwrap_or(0), u32::try_from(info.len).unwrap_or(0));
+    let (base, len) = (
+        u32::try_from(info.gpa).unwrap_or(0),
+        u32::try_from(info.len).unwrap_or(0),
+    );
     let (registers, irq) = (Memory32Fixed::new(true, base, len), interrupt(info.gsi));
     let resources = ResourceTemplate::new(vec![&registers, &irq]);
-    device(&name, vec![
-        &Name::new(Path::new("_HID"), &"LNRO0005"),
-        &Name::new(Path::new("_UID"), &info.id),
-        // The guest's writes to RAM and the device's are coherent.
-        &Name::new(Path::new("_CCA"), &1u8),
-        &Name::new(Path::new("_CRS"), &resources),
-    ])
+    device(
+        &name,
+        vec![
+            &Name::new(Path::new("_HID"), &"LNRO0005"),
+            &Name::new(Path::new("_UID"), &info.id),
+            // The guest's writes to RAM and the device's are coherent.
+            &Name::new(Path::new("_CCA"), &1u8),
+            &Name::new(Path::new("_CRS"), &resources),
+        ],
+    )
 }
 
 fn serial(body: &mut Vec<u8>) {
     let (ports, irq) = (IO::new(COM1_PORT, COM1_PORT, 0, 8), interrupt(COM1_GSI));
     let resources = ResourceTemplate::new(vec![&ports, &irq]);
-    device("COM1", vec![
-        &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
-        &Name::new(Path::new("_UID"), &0u8),
-        &Name::new(Path::new("_CRS"), &resources),
-    ])
+    device(
+        "COM1",
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(Path::new("_CRS"), &resources),
+        ],
+    )
     .to_aml_bytes(body);
 }
 
@@ -186,24 +200,30 @@ fn event_device(body: &mut Vec<u8>) {
     let target = Path::new("\\_SB_.VGEN");
     let changed = 0x80u8;
     let notify = Notify::new(&target, &changed);
-    device("GED_", vec![
-        &Name::new(Path::new("_HID"), &"ACPI0013"),
-        &Name::new(Path::new("_UID"), &0u8),
-        &Name::new(Path::new("_CRS"), &resources),
-        &Method::new(Path::new("_EVT"), 1, true, vec![&notify]),
-    ])
+    device(
+        "GED_",
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &0u8),
+            &Name::new(Path::new("_CRS"), &resources),
+            &Method::new(Path::new("_EVT"), 1, true, vec![&notify]),
+        ],
+    )
     .to_aml_bytes(body);
 }
 
 fn generation_id(body: &mut Vec<u8>) {
     let (low, high) = (u32::try_from(VMGENID).unwrap_or(0), 0u32);
     let address = Package::new(vec![&low, &high]);
-    device("VGEN", vec![
-        &Name::new(Path::new("_HID"), &"TORP0001"),
-        &Name::new(Path::new("_CID"), &"VM_Gen_Counter"),
-        &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
-        &Name::new(Path::new("ADDR"), &address),
-    ])
+    device(
+        "VGEN",
+        vec![
+            &Name::new(Path::new("_HID"), &"TORP0001"),
+            &Name::new(Path::new("_CID"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("_DDN"), &"VM_Gen_Counter"),
+            &Name::new(Path::new("ADDR"), &address),
+        ],
+    )
     .to_aml_bytes(body);
 }
 
@@ -245,7 +265,10 @@ mod tests {
         let dsdt = table_at(&bytes, u64_at(fadt, 140));
         assert_eq!((&dsdt[..4], sum(dsdt)), (&b"DSDT"[..], 0));
         let facs = usize::try_from(u32::from_le_bytes(fadt[36..40].try_into().unwrap())).unwrap();
-        assert_eq!(&bytes[facs - usize::try_from(ACPI_START).unwrap()..][..5], b"FACS\x40");
+        assert_eq!(
+            &bytes[facs - usize::try_from(ACPI_START).unwrap()..][..5],
+            b"FACS\x40"
+        );
         assert!(dsdt.windows(8).any(|w| w == b"LNRO0005"));
     }
 

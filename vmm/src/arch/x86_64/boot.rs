@@ -3,14 +3,14 @@
 use super::{ArchError, acpi, kvm};
 use crate::devices::MmioDeviceInfo;
 use crate::layout::{
-    ACPI_START, CMDLINE, CMDLINE_MAX, FIRMWARE_START, HIMEM_START, PAGE_BYTES, RamLayout, START_INFO, START_MEMMAP,
-    VMGENID,
+    ACPI_START, CMDLINE, CMDLINE_MAX, FIRMWARE_START, HIMEM_START, PAGE_BYTES, RamLayout, START_INFO,
+    START_MEMMAP, VMGENID,
 };
 use crate::memory::GuestMemory;
 use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::KernelLoader;
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use std::fs::File;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -44,7 +44,8 @@ pub fn boot(
     n_vcpus: u8,
     devices: &[MmioDeviceInfo],
 ) -> Result<BootRegisters, ArchError> {
-    let loaded = Elf::load(memory, None, kernel, Some(GuestAddress(HIMEM_START))).map_err(ArchError::Kernel)?;
+    let loaded =
+        Elf::load(memory, None, kernel, Some(GuestAddress(HIMEM_START))).map_err(ArchError::Kernel)?;
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
         return Err(ArchError::NoPvhEntry);
     };
@@ -60,7 +61,12 @@ pub fn boot(
     let (map, n_entries) = memory_map(layout);
     write(memory, "memory map", START_MEMMAP, &map)?;
     write(memory, "start info", START_INFO, &start_info(n_entries))?;
-    write(memory, "ACPI tables", ACPI_START, &acpi::tables(n_vcpus, devices)?)?;
+    write(
+        memory,
+        "ACPI tables",
+        ACPI_START,
+        &acpi::tables(n_vcpus, devices)?,
+    )?;
     Ok(BootRegisters { entry: entry.0 })
 }
 
@@ -85,7 +91,11 @@ fn memory_map(layout: &RamLayout) -> (Vec<u8>, u32) {
         (ACPI_START, VMGENID + PAGE_BYTES - ACPI_START, MEMMAP_RESERVED),
         (HIMEM_START, low_end - HIMEM_START, MEMMAP_RAM),
     ];
-    ranges.extend(layout.slots()[1..].iter().map(|slot| (slot.gpa, slot.len_bytes, MEMMAP_RAM)));
+    ranges.extend(
+        layout.slots()[1..]
+            .iter()
+            .map(|slot| (slot.gpa, slot.len_bytes, MEMMAP_RAM)),
+    );
     let mut bytes = Vec::new();
     for (address, size, kind) in &ranges {
         bytes.extend(address.to_le_bytes());

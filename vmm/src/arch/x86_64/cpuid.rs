@@ -24,7 +24,9 @@ pub struct CpuProfile {
 /// # Errors
 /// KVM refused.
 pub fn prepare_cpuid(host: &Kvm, n_vcpus: u8) -> Result<CpuProfile, ArchError> {
-    let mut supported = host.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(kvm("get supported CPUID"))?;
+    let mut supported = host
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("get supported CPUID"))?;
     let tsc_deadline = host.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0;
     for entry in supported.as_mut_slice() {
         match entry.function {
@@ -83,14 +85,22 @@ fn set_topology(entry: &mut kvm_cpuid_entry2, id: u8, n_vcpus: u8) {
 pub fn signature(profile: &CpuProfile) -> HostSignature {
     let find = |function, index| {
         let entries = profile.supported.as_slice().iter();
-        entries.copied().find(|e| e.function == function && e.index == index).unwrap_or_default()
+        entries
+            .copied()
+            .find(|e| e.function == function && e.index == index)
+            .unwrap_or_default()
     };
     let mut vendor = Vec::new();
     for register in [find(0, 0).ebx, find(0, 0).edx, find(0, 0).ecx] {
         vendor.extend(register.to_le_bytes());
     }
     let version = find(1, 0).eax;
-    let family = (version >> 8 & 0xf) + if version >> 8 & 0xf == 0xf { version >> 20 & 0xff } else { 0 };
+    let family = (version >> 8 & 0xf)
+        + if version >> 8 & 0xf == 0xf {
+            version >> 20 & 0xff
+        } else {
+            0
+        };
     let model = (version >> 4 & 0xf) | (version >> 16 & 0xf) << 4;
     // Feature words only: other leaves name the CPU that answered, or the state of the one that asks.
     let words = [
@@ -109,7 +119,14 @@ pub fn signature(profile: &CpuProfile) -> HostSignature {
         find(KVM_FEATURES, 0).eax,
     ];
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-    HostSignature::new("x86_64", &String::from_utf8_lossy(&vendor), family, model, version & 0xf, &bytes)
+    HostSignature::new(
+        "x86_64",
+        &String::from_utf8_lossy(&vendor),
+        family,
+        model,
+        version & 0xf,
+        &bytes,
+    )
 }
 
 #[cfg(test)]
@@ -126,7 +143,10 @@ mod tests {
                     ..Default::default()
                 };
                 set_topology(&mut one, id, n);
-                assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xff), (u32::from(id), u32::from(n)));
+                assert_eq!(
+                    (one.ebx >> 24, one.ebx >> 16 & 0xff),
+                    (u32::from(id), u32::from(n))
+                );
                 let mut topology = kvm_cpuid_entry2 {
                     function: 0xb,
                     index: 1,

@@ -6,8 +6,8 @@
 use super::{ArchError, kvm};
 use crate::sys;
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
-    kvm_xsave,
+    Msrs, kvm_debugregs, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
@@ -72,14 +72,19 @@ pub fn save_vcpu(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<VcpuState, ArchEr
 pub fn restore_vcpu(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), ArchError> {
     // The same host signature means the same frequency or one that the hardware can scale to.
     if state.tsc_khz != 0 && vcpu.get_tsc_khz().is_ok_and(|khz| khz != state.tsc_khz) {
-        vcpu.set_tsc_khz(state.tsc_khz).map_err(kvm("set TSC frequency"))?;
+        vcpu.set_tsc_khz(state.tsc_khz)
+            .map_err(kvm("set TSC frequency"))?;
     }
-    vcpu.set_mp_state(state.mp_state).map_err(kvm("set multiprocessor state"))?;
+    vcpu.set_mp_state(state.mp_state)
+        .map_err(kvm("set multiprocessor state"))?;
     vcpu.set_regs(&state.regs).map_err(kvm("set registers"))?;
-    vcpu.set_sregs(&state.sregs).map_err(kvm("set special registers"))?;
+    vcpu.set_sregs(&state.sregs)
+        .map_err(kvm("set special registers"))?;
     sys::kvm::set_xsave(vcpu, &state.xsave).map_err(kvm("set extended state"))?;
-    vcpu.set_xcrs(&state.xcrs).map_err(kvm("set extended control registers"))?;
-    vcpu.set_debug_regs(&state.debug_regs).map_err(kvm("set debug registers"))?;
+    vcpu.set_xcrs(&state.xcrs)
+        .map_err(kvm("set extended control registers"))?;
+    vcpu.set_debug_regs(&state.debug_regs)
+        .map_err(kvm("set debug registers"))?;
     vcpu.set_lapic(&state.lapic).map_err(kvm("set local APIC"))?;
     write_msrs(vcpu, &in_restore_order(&state.msrs))?;
     vcpu.set_vcpu_events(&state.events).map_err(kvm("set events"))
@@ -115,8 +120,15 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, ArchErro
     while !rest.is_empty() {
         let chunk: Vec<_> = rest.iter().take(MSRS_PER_CALL).map(|index| (*index, 0)).collect();
         let Some(mut msrs) = entries(&chunk) else { break };
-        let n_read = vcpu.get_msrs(&mut msrs).map_err(kvm("get MSRs"))?.min(chunk.len());
-        values.extend(msrs.as_slice()[..n_read].iter().map(|entry| (entry.index, entry.data)));
+        let n_read = vcpu
+            .get_msrs(&mut msrs)
+            .map_err(kvm("get MSRs"))?
+            .min(chunk.len());
+        values.extend(
+            msrs.as_slice()[..n_read]
+                .iter()
+                .map(|entry| (entry.index, entry.data)),
+        );
         let skip = usize::from(n_read < chunk.len());
         rest = &rest[n_read + skip..];
     }

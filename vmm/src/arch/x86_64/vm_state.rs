@@ -27,7 +27,8 @@ pub struct VmState {
 /// # Errors
 /// KVM refused.
 pub fn create_interrupt_controller(vm: &VmFd) -> Result<(), ArchError> {
-    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS).map_err(kvm("set identity map address"))?;
+    vm.set_identity_map_address(IDENTITY_MAP_ADDRESS)
+        .map_err(kvm("set identity map address"))?;
     vm.set_tss_address(TSS_ADDRESS).map_err(kvm("set TSS address"))?;
     vm.create_irq_chip().map_err(kvm("create interrupt controller"))?;
     let pit = kvm_pit_config {
@@ -42,7 +43,8 @@ fn irqchip(vm: &VmFd, chip_id: u32) -> Result<kvm_irqchip, ArchError> {
         chip_id,
         ..Default::default()
     };
-    vm.get_irqchip(&mut chip).map_err(kvm("get interrupt controller"))?;
+    vm.get_irqchip(&mut chip)
+        .map_err(kvm("get interrupt controller"))?;
     Ok(chip)
 }
 

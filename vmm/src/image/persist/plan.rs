@@ -88,7 +88,11 @@ impl Plan {
             // A fresh file is all zeros; otherwise equal checksums do not make equal pages.
             let same = if self.fresh {
                 zero
-            } else if baseline.checksum(page).map_err(failed("read checksums of the image"))? == crc32c::crc32c(bytes) {
+            } else if baseline
+                .checksum(page)
+                .map_err(failed("read checksums of the image"))?
+                == crc32c::crc32c(bytes)
+            {
                 // Where the old page can't be read, the new one is written.
                 let read = || baseline.read_raw(pages.start, &mut buffers.old[..len]).is_ok();
                 *old_is_read.get_or_insert_with(read) && buffers.old[at..at + PAGE_SIZE] == *bytes

@@ -1,7 +1,9 @@
 //! Images are written from and read back into memory of this process; no KVM is needed.
 
 use super::{Contents, FlushDisk, Persist, PersistError};
-use crate::image::{self, Expected, Extent, HostSignature, ImageFile, ImageLayout, OpenError, OpenImage, PageSource};
+use crate::image::{
+    self, Expected, Extent, HostSignature, ImageFile, ImageLayout, OpenError, OpenImage, PageSource,
+};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
 use crate::memory::lazy::LazyMemory;
 use crate::memory::{GuestMemory, Ram};
@@ -55,7 +57,8 @@ impl Guest {
     }
 
     fn restore(file: &File, generation: u64) -> Self {
-        let OpenImage { file, vmstate, .. } = image::open(file.try_clone().unwrap(), &expected(generation)).unwrap();
+        let OpenImage { file, vmstate, .. } =
+            image::open(file.try_clone().unwrap(), &expected(generation)).unwrap();
         assert_eq!(vmstate, generation.to_le_bytes());
         let mut guest = Self::boot();
         let file = Arc::new(file);
@@ -72,9 +75,13 @@ impl Guest {
         let bytes: Vec<u8> = if value == 0 {
             vec![0; PAGE_SIZE]
         } else {
-            (0..PAGE_SIZE as u64 / 8).flat_map(|i| (value ^ i).to_le_bytes()).collect()
+            (0..PAGE_SIZE as u64 / 8)
+                .flat_map(|i| (value ^ i).to_le_bytes())
+                .collect()
         };
-        self.memory.write_slice(&bytes, GuestAddress(page * PAGE_BYTES)).unwrap();
+        self.memory
+            .write_slice(&bytes, GuestAddress(page * PAGE_BYTES))
+            .unwrap();
     }
 
     fn discard(&self, page: u64) {
@@ -82,13 +89,20 @@ impl Guest {
     }
 
     fn job(&self, file: &File, generation: u64, flush_disk: FlushDisk, cancel: bool) -> Persist {
-        let same = self.baseline.as_ref().is_some_and(|b| b.is_same_file(file).unwrap());
+        let same = self
+            .baseline
+            .as_ref()
+            .is_some_and(|b| b.is_same_file(file).unwrap());
         let layout = ImageLayout::new(MEM_BYTES);
         let empty = || Arc::new(ImageFile::empty(file.try_clone().unwrap(), layout).unwrap());
         Persist {
             ram: Arc::clone(&self.ram),
             target: file.try_clone().unwrap(),
-            baseline: if same { self.baseline.clone().unwrap() } else { empty() },
+            baseline: if same {
+                self.baseline.clone().unwrap()
+            } else {
+                empty()
+            },
             source: self.source.clone().filter(|_| !same),
             fresh: !same,
             contents: Contents {
@@ -143,11 +157,17 @@ fn a_first_image_holds_the_pages_that_are_not_zero_and_no_others() {
     }
     let file = image_file();
     let stats = guest.persist(&file, 1);
-    assert_eq!((stats.present_pages, stats.written_pages, stats.zero_pages), (100, 90, 10));
+    assert_eq!(
+        (stats.present_pages, stats.written_pages, stats.zero_pages),
+        (100, 90, 10)
+    );
     assert!(reconstruct(&file, 1) == guest.dump());
     let data_blocks = 90 * 8;
     let metadata_blocks = ImageLayout::new(MEM_BYTES).data_offset() / 512;
-    assert!(file.metadata().unwrap().blocks() < data_blocks + metadata_blocks, "zero pages take room");
+    assert!(
+        file.metadata().unwrap().blocks() < data_blocks + metadata_blocks,
+        "zero pages take room"
+    );
 }
 
 #[test]
@@ -198,7 +218,10 @@ fn a_cancelled_persist_leaves_no_valid_image_and_the_next_one_is_right() {
         Ok(())
     });
     assert!(matches!(job.run(), Err(PersistError::Cancelled)));
-    assert!(matches!(image::open(file.try_clone().unwrap(), &expected(2)), Err(OpenError::Incomplete)));
+    assert!(matches!(
+        image::open(file.try_clone().unwrap(), &expected(2)),
+        Err(OpenError::Incomplete)
+    ));
     (100..200).for_each(|page| woken.write(page, page + 5000));
     (0..50).for_each(|page| woken.discard(page));
     woken.persist(&file, 3);
@@ -223,7 +246,12 @@ fn a_disk_that_cannot_be_flushed_leaves_no_valid_image() {
     let guest = Guest::boot();
     guest.write(1, 1);
     let file = image_file();
-    let job = guest.job(&file, 1, Box::new(|| Err(io::Error::from_raw_os_error(libc::EIO))), false);
+    let job = guest.job(
+        &file,
+        1,
+        Box::new(|| Err(io::Error::from_raw_os_error(libc::EIO))),
+        false,
+    );
     assert!(matches!(
         job.run(),
         Err(PersistError::Io {
@@ -231,7 +259,10 @@ fn a_disk_that_cannot_be_flushed_leaves_no_valid_image() {
             ..
         })
     ));
-    assert!(matches!(image::open(file, &expected(1)), Err(OpenError::Incomplete)));
+    assert!(matches!(
+        image::open(file, &expected(1)),
+        Err(OpenError::Incomplete)
+    ));
 }
 
 #[test]
@@ -246,7 +277,10 @@ fn a_fork_takes_untouched_pages_over_into_its_own_image() {
     let own = image_file();
     child.persist(&own, 2);
     assert!(reconstruct(&own, 2) == child.dump());
-    assert!(reconstruct(&parents, 1) == parent.dump(), "the parent's image changed");
+    assert!(
+        reconstruct(&parents, 1) == parent.dump(),
+        "the parent's image changed"
+    );
     child.write(7, 999);
     let stats = child.persist(&own, 3);
     assert_eq!(stats.written_pages, 1);
@@ -258,7 +292,8 @@ fn a_file_that_held_something_else_shows_none_of_it() {
     let file = image_file();
     file.set_len(300 << 20).unwrap();
     let layout = ImageLayout::new(MEM_BYTES);
-    file.write_all_at(b"an older life", layout.page_offset(9)).unwrap();
+    file.write_all_at(b"an older life", layout.page_offset(9))
+        .unwrap();
     let mut guest = Guest::boot();
     guest.write(1, 1);
     guest.persist(&file, 1);
@@ -277,8 +312,14 @@ fn what_does_not_fit_the_prepared_vm_is_refused() {
         image::open(file.try_clone().unwrap(), &wanted).map(|_| ())
     };
     assert!(open(&|_| ()).is_ok());
-    assert!(matches!(open(&|e| e.generation = 3), Err(OpenError::Generation { .. })));
-    assert!(matches!(open(&|e| e.disk_generation = 6), Err(OpenError::DiskGeneration { .. })));
+    assert!(matches!(
+        open(&|e| e.generation = 3),
+        Err(OpenError::Generation { .. })
+    ));
+    assert!(matches!(
+        open(&|e| e.disk_generation = 6),
+        Err(OpenError::DiskGeneration { .. })
+    ));
     for error in [
         open(&|e| e.n_vcpus = 1),
         open(&|e| e.mem_bytes *= 2),
@@ -312,9 +353,15 @@ fn damage_of_the_state_or_of_a_page_is_found() {
     damage(layout.checksums_offset() + 4 * 301);
     let image = image::open(file.try_clone().unwrap(), &expected(1)).unwrap();
     assert!(image.file.read(300, &mut page).is_ok());
-    assert!(image.file.read(301, &mut page).is_err(), "a hole whose checksum is damaged passed");
+    assert!(
+        image.file.read(301, &mut page).is_err(),
+        "a hole whose checksum is damaged passed"
+    );
     damage(layout.vmstate_offset());
-    assert!(matches!(image::open(file.try_clone().unwrap(), &expected(1)), Err(OpenError::StateChecksum { .. })));
+    assert!(matches!(
+        image::open(file.try_clone().unwrap(), &expected(1)),
+        Err(OpenError::StateChecksum { .. })
+    ));
 }
 
 /// The limit is the process's, so the test runs itself again as a process of its own.
@@ -323,7 +370,10 @@ fn a_full_disk_is_told_apart_from_a_broken_one() {
     const NAME: &str = "image::persist::tests::a_full_disk_is_told_apart_from_a_broken_one";
     if std::env::var_os("TORPOR_TEST_CHILD").is_none() {
         let program = std::env::current_exe().unwrap();
-        let run = std::process::Command::new(program).args(["--exact", NAME]).env("TORPOR_TEST_CHILD", "1").output();
+        let run = std::process::Command::new(program)
+            .args(["--exact", NAME])
+            .env("TORPOR_TEST_CHILD", "1")
+            .output();
         let run = run.unwrap();
         let text = String::from_utf8_lossy(&run.stdout).into_owned();
         assert!(run.status.success() && text.contains("1 passed"), "{text}");

@@ -1,0 +1,322 @@
+//! Whole machines under KVM: run in the virtual host (`scripts/test --kvm`), where `/dev/kvm` is a real one.
+//!
+//! Kernel, root disk and VMM are taken from where the package puts them, or from `TORPOR_TEST_KERNEL`,
+//! `TORPOR_TEST_ROOTFS` and `TORPOR_TEST_VMM`.
+
+#![allow(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "the driver of these tests panics where a test has to fail"
+)]
+
+#[path = "kvm/driver.rs"]
+mod driver;
+#[path = "kvm/sys.rs"]
+mod sys;
+
+/// Named so that runners without KVM can leave them out.
+mod kvm {
+    use super::driver::{Machine, Vmm};
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::path::PathBuf;
+    use torpor_api::vmm::{Event, ExitReason, FdRole, Reply, Request, Shape, VmmErrorCode, VmmState};
+    use torpor_vmm::image::{self, Expected, ImageLayout, PageSource};
+
+    const MEM_MIB: u32 = 128;
+    /// Writes to disk and memory all the time, and counts.
+    const BUSY: &str = "n=0; while :; do n=$((n+1)); dd if=/dev/urandom of=/f$((n%3)) bs=64k count=4 conv=fsync \
+        2>/dev/null; x=$x$n; echo tick $n.; done";
+    const CALM: &str = "n=0; while :; do n=$((n+1)); echo tick $n.; sleep 0.1; done";
+
+    fn path(variable: &str, default: &str) -> PathBuf {
+        std::env::var_os(variable).map_or_else(|| default.into(), PathBuf::from)
+    }
+
+    struct Bench {
+        machine: Machine,
+        program: PathBuf,
+        _dir: tempfile::TempDir,
+    }
+
+    impl Bench {
+        fn new(vcpus: u8) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            let kernel = path("TORPOR_TEST_KERNEL", "/usr/share/torpor/templates/base/vmlinux");
+            let rootfs = path(
+                "TORPOR_TEST_ROOTFS",
+                "/usr/share/torpor/templates/base/rootfs.ext4",
+            );
+            let shape = Shape {
+                vcpus,
+                mem_mib: MEM_MIB,
+            };
+            Self {
+                machine: Machine::create(dir.path(), &kernel, &rootfs, shape),
+                program: path("TORPOR_TEST_VMM", "/usr/libexec/torpor/torpor-vmm"),
+                _dir: dir,
+            }
+        }
+
+        fn start(&self) -> Vmm {
+            Vmm::start(&self.program, &self.machine)
+        }
+
+        fn boot(&self, script: &str) -> Vmm {
+            let mut vmm = self.start();
+            let options = "console=ttyS0 reboot=k panic=-1 pci=off loglevel=6 root=/dev/vda rw init=/bin/sh";
+            vmm.boot(&self.machine, &format!("{options} -- -c \"{script}\""));
+            vmm
+        }
+
+        fn restore(&self, generation: u64) -> Vmm {
+            let mut vmm = self.start();
+            let trace = vmm
+                .restore(&self.machine, "memory.img", generation, false)
+                .unwrap();
+            println!("generation {generation}: {trace:?}");
+            vmm
+        }
+
+        fn tick(&self) -> u64 {
+            self.machine.last_tick().unwrap_or(0)
+        }
+
+        fn image(&self) -> File {
+            self.machine.open("memory.img")
+        }
+
+        /// Guest memory as the image file alone tells it.
+        fn reconstruct(&self, generation: u64) -> Vec<u8> {
+            let header = image::read_header(&self.image()).unwrap();
+            let expected = Expected {
+                generation,
+                disk_generation: header.disk_generation,
+                n_vcpus: self.machine.shape.vcpus,
+                mem_bytes: u64::from(MEM_MIB) << 20,
+                host: header.host,
+            };
+            let image = image::open(self.image(), &expected).unwrap();
+            let mut bytes = vec![0; (MEM_MIB as usize) << 20];
+            image.file.read(0, &mut bytes).unwrap();
+            bytes
+        }
+
+        fn dump(&self, vmm: &mut Vmm) -> Vec<u8> {
+            let name = "dump";
+            let _ = std::fs::remove_file(self.machine.dir.join(name));
+            let dumped = vmm.call(
+                Request::Dump,
+                vec![(FdRole::Dump, self.machine.open(name).into())],
+            );
+            assert_eq!(dumped, Ok(Reply::Done));
+            std::fs::read(self.machine.dir.join(name)).unwrap()
+        }
+
+        /// Persist a frozen machine before and check the image against a dump taken after: both of one instant.
+        fn persist_and_compare(&self, vmm: &mut Vmm, generation: u64) {
+            let stats = vmm.persist(&self.machine, "memory.img", generation);
+            println!("{stats:?}");
+            assert_eq!(stats.disk_generation, self.machine.disk_generation());
+            let dump = self.dump(vmm);
+            let image = self.reconstruct(generation);
+            let different = dump
+                .chunks(4096)
+                .zip(image.chunks(4096))
+                .filter(|(a, b)| a != b)
+                .count();
+            assert_eq!(
+                (dump.len(), different),
+                (image.len(), 0),
+                "pages differ in generation {generation}"
+            );
+        }
+    }
+
+    #[test]
+    fn every_image_of_a_busy_machine_equals_a_full_dump_byte_for_byte() {
+        let bench = Bench::new(2);
+        let mut vmm = bench.boot(BUSY);
+        bench.machine.wait_tick_after(1);
+        for generation in 1..=6 {
+            vmm.freeze();
+            bench.persist_and_compare(&mut vmm, generation);
+            let tick = bench.tick();
+            if generation % 3 == 0 {
+                // The same process goes on with the image that it has just written.
+                assert!(!vmm.run().0);
+            } else {
+                vmm.kill();
+                vmm = bench.restore(generation);
+            }
+            bench.machine.wait_tick_after(tick + 1);
+            vmm.call(Request::FirstByte, Vec::new()).unwrap();
+        }
+        vmm.kill();
+    }
+
+    #[test]
+    fn a_wake_in_the_middle_of_a_persist_wins_and_costs_nothing() {
+        let bench = Bench::new(1);
+        let mut vmm = bench.boot(BUSY);
+        bench.machine.wait_tick_after(1);
+        let mut generation = 0;
+        for _ in 0..3 {
+            vmm.freeze();
+            generation += 1;
+            vmm.begin_persist(&bench.machine, "memory.img", generation);
+            let tick = bench.tick();
+            let (cancelled, run_us) = vmm.run();
+            println!("run after {run_us} us");
+            assert!(cancelled);
+            bench.machine.wait_tick_after(tick + 1);
+        }
+        vmm.freeze();
+        bench.persist_and_compare(&mut vmm, generation + 1);
+        let tick = bench.tick();
+        vmm.kill();
+        let vmm = bench.restore(generation + 1);
+        bench.machine.wait_tick_after(tick);
+        vmm.kill();
+    }
+
+    #[test]
+    fn a_page_that_fails_its_checksum_ends_the_vmm_and_is_never_seen() {
+        let bench = Bench::new(1);
+        let mut vmm = bench.boot(CALM);
+        bench.machine.wait_tick_after(1);
+        vmm.freeze();
+        vmm.persist(&bench.machine, "memory.img", 1);
+        let tick = bench.tick();
+        vmm.kill();
+        let layout = ImageLayout::new(u64::from(MEM_MIB) << 20);
+        let image = bench.image();
+        for page in 0..layout.n_pages() {
+            let mut byte = [0];
+            image
+                .read_exact_at(&mut byte, layout.page_offset(page) + 99)
+                .unwrap();
+            if byte != [0] {
+                image
+                    .write_all_at(&[!byte[0]], layout.page_offset(page) + 99)
+                    .unwrap();
+            }
+        }
+        let mut vmm = bench.start();
+        // The restore itself may meet such a page: a device looks at its rings.
+        let restored = vmm.restore(&bench.machine, "memory.img", 1, false);
+        println!("{restored:?}");
+        match vmm.event() {
+            Event::Exited {
+                reason: ExitReason::Memory { message },
+            } => println!("{message}"),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(vmm.wait(), Some(3));
+        assert_eq!(bench.tick(), tick);
+    }
+
+    #[test]
+    fn a_fork_gets_a_new_identity_and_a_wake_does_not() {
+        let bench = Bench::new(1);
+        let mut vmm = bench.boot(CALM);
+        bench.machine.wait_tick_after(1);
+        vmm.freeze();
+        vmm.persist(&bench.machine, "memory.img", 1);
+        vmm.kill();
+        let told = |text: &str| text.contains("virtual machine fork").then_some(());
+        let mut vmm = bench.restore(1);
+        bench.machine.wait_tick_after(bench.tick() + 2);
+        assert_eq!(told(&bench.machine.console()), None);
+        vmm.freeze();
+        vmm.persist(&bench.machine, "memory.img", 2);
+        vmm.kill();
+        let mut vmm = bench.start();
+        vmm.restore(&bench.machine, "memory.img", 2, true).unwrap();
+        bench.machine.wait_console("the kernel to reseed", told);
+        vmm.kill();
+    }
+
+    #[test]
+    fn an_image_is_refused_by_another_shape_generation_or_disk() {
+        let bench = Bench::new(1);
+        let mut vmm = bench.boot(BUSY);
+        bench.machine.wait_tick_after(1);
+        vmm.freeze();
+        let persisted_over = vmm.persist(&bench.machine, "memory.img", 1).disk_generation;
+        vmm.kill();
+        let code = |result: Result<_, torpor_api::vmm::VmmError>| {
+            let error = result.unwrap_err();
+            println!("{error}");
+            error.code
+        };
+        let mut vmm = bench.start();
+        assert_eq!(
+            code(vmm.restore(&bench.machine, "memory.img", 2, false)),
+            VmmErrorCode::ImageCorrupt
+        );
+        vmm.kill();
+        let mut other = Machine {
+            shape: Shape {
+                vcpus: 2,
+                mem_mib: MEM_MIB,
+            },
+            ..bench.machine.twin()
+        };
+        let mut vmm = Vmm::start(&bench.program, &other);
+        assert_eq!(
+            code(vmm.restore(&other, "memory.img", 1, false)),
+            VmmErrorCode::ImageIncompatible
+        );
+        vmm.kill();
+        // The guest goes on and writes: the old memory no longer fits its disk.
+        let tick = bench.tick();
+        let vmm = bench.restore(1);
+        bench.machine.wait_tick_after(tick + 1);
+        vmm.kill();
+        other = bench.machine.twin();
+        let mut vmm = Vmm::start(&bench.program, &other);
+        let over_newer_disk = vmm.restore_over(&other, "memory.img", 1, persisted_over, false);
+        assert_eq!(code(over_newer_disk), VmmErrorCode::ImageCorrupt);
+        vmm.kill();
+    }
+
+    #[test]
+    fn a_guest_that_resets_itself_is_reported_and_ends_the_process() {
+        let bench = Bench::new(1);
+        // The end of PID 1 is a panic, and a panic a reset.
+        let mut vmm = bench.boot("echo tick 1.");
+        match vmm.event() {
+            Event::Exited { reason } => assert_eq!(reason, ExitReason::Reboot),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(vmm.wait(), Some(0));
+    }
+
+    #[test]
+    fn requests_out_of_order_are_refused_and_change_nothing() {
+        let bench = Bench::new(1);
+        let mut vmm = bench.start();
+        for request in [Request::Freeze, Request::Run, Request::FirstByte] {
+            assert_eq!(
+                vmm.call(request, Vec::new()).unwrap_err().code,
+                VmmErrorCode::BadRequest
+            );
+        }
+        let again = vmm.call(
+            Request::Prepare {
+                shape: bench.machine.shape,
+            },
+            Vec::new(),
+        );
+        assert_eq!(again.unwrap_err().code, VmmErrorCode::BadRequest);
+        match vmm.call(Request::Status, Vec::new()) {
+            Ok(Reply::Status { state, shape, .. }) => {
+                assert_eq!((state, shape), (VmmState::Blank, Some(bench.machine.shape)));
+            }
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(vmm.call(Request::Quit, Vec::new()), Ok(Reply::Done));
+        assert_eq!(vmm.wait(), Some(0));
+    }
+}
