@@ -123,7 +123,12 @@ impl Platform {
         let claims = claim::Claims::default();
         let adopted = found.take_over(&slots, &images, &claims).await;
         Ok(Arc::new(Self {
-            blanks: blank::BlankPool::new(blanks, config.vmm_path.clone(), exec_dir),
+            blanks: blank::BlankPool::new(
+                blanks,
+                config.vmm_path.clone(),
+                exec_dir,
+                config.state_dir.join("shapes-in-use.json"),
+            ),
             templates: Templates::new(config.template_dirs.clone()),
             adopted: Mutex::new(adopted),
             claims,

@@ -3,20 +3,23 @@
 //! It holds [`BlankConfig::per_shape`] VMMs for each of the [`BlankConfig::shapes`] shapes used last. One task
 //! refills it, one VMM at a time, and only after the start that emptied it is over, so that it takes no CPU from
 //! a wake. An empty pool makes a start slower, never an error. A blank VMM has a run directory of its own; at the
-//! next start of torpord what is still blank is ended.
+//! next start of torpord what is still blank is ended. Which shapes are in use survives in a hint file, so that
+//! the first wake after a restart finds a blank VMM, too.
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use torpor_api::limits::{MEM_MIB, VCPUS};
 use torpor_api::vmm::Shape;
 use torpor_api::{ErrorCode, ExecutionId};
 
 use super::process::Process;
 use super::record::{MachineRecord, Record, RunDir, RunDirError};
+use crate::images::manifest;
 use crate::machine::hypervisor::HypervisorError;
 use crate::vmm_client::{VmmClient, VmmEvents};
 
@@ -92,6 +95,15 @@ struct Shelf {
     blanks: Vec<BlankVmm>,
 }
 
+impl Shelf {
+    fn empty(shape: Shape) -> Self {
+        Self {
+            shape,
+            blanks: Vec::new(),
+        }
+    }
+}
+
 #[derive(Default)]
 struct State {
     /// Most recently used first.
@@ -105,6 +117,7 @@ struct Shared {
     config: BlankConfig,
     vmm_path: PathBuf,
     exec_dir: PathBuf,
+    hint: PathBuf,
     state: Mutex<State>,
     wanted: Notify,
     settled: Notify,
@@ -153,12 +166,19 @@ impl Drop for Starting {
 }
 
 impl BlankPool {
-    pub(super) fn new(config: BlankConfig, vmm_path: PathBuf, exec_dir: PathBuf) -> Self {
+    /// A pool that begins with the shapes that the file `hint` names.
+    pub(super) fn new(config: BlankConfig, vmm_path: PathBuf, exec_dir: PathBuf, hint: PathBuf) -> Self {
+        let shelves = read_hint(&hint).into_iter().take(config.shapes).map(Shelf::empty);
+        let state = State {
+            shelves: shelves.collect(),
+            ..State::default()
+        };
         let shared = Arc::new(Shared {
             config,
             vmm_path,
             exec_dir,
-            state: Mutex::default(),
+            hint,
+            state: Mutex::new(state),
             wanted: Notify::new(),
             settled: Notify::new(),
         });
@@ -183,10 +203,9 @@ impl BlankPool {
     fn pick(&self, shape: Shape) -> (Option<BlankVmm>, Vec<BlankVmm>) {
         let mut state = self.shared.state();
         let at = state.shelves.iter().position(|shelf| shelf.shape == shape);
-        let mut shelf = at.and_then(|at| state.shelves.remove(at)).unwrap_or(Shelf {
-            shape,
-            blanks: Vec::new(),
-        });
+        let known = at.and_then(|at| state.shelves.remove(at));
+        let is_new = known.is_none();
+        let mut shelf = known.unwrap_or_else(|| Shelf::empty(shape));
         let (mut alive, mut stale): (Vec<_>, Vec<_>) = shelf.blanks.drain(..).partition(BlankVmm::is_alive);
         let ready = alive.pop();
         shelf.blanks = alive;
@@ -199,6 +218,10 @@ impl BlankPool {
                     .into_iter()
                     .flat_map(|shelf| shelf.blanks),
             );
+        }
+        if is_new {
+            let shapes = state.shelves.iter().map(|shelf| shelf.shape).collect();
+            write_hint(self.shared.hint.clone(), shapes);
         }
         (ready, stale)
     }
@@ -231,6 +254,25 @@ impl BlankPool {
             settled.await;
         }
     }
+}
+
+/// The shapes that were in use; none if the file is missing or makes no sense, since it is only a hint.
+fn read_hint(path: &Path) -> Vec<Shape> {
+    let json = std::fs::read(path).unwrap_or_default();
+    let shapes: Vec<Shape> = serde_json::from_slice(&json).unwrap_or_default();
+    let is_possible = |shape: &Shape| VCPUS.contains(&shape.vcpus) && MEM_MIB.contains(&shape.mem_mib);
+    shapes.into_iter().filter(is_possible).collect()
+}
+
+fn write_hint(path: PathBuf, shapes: Vec<Shape>) {
+    tokio::task::spawn_blocking(move || {
+        let written = serde_json::to_vec(&shapes)
+            .map_err(std::io::Error::other)
+            .and_then(|json| manifest::replace(&path, &json));
+        if let Err(error) = written {
+            tracing::warn!(path = %path.display(), %error, "shapes in use not remembered");
+        }
+    });
 }
 
 async fn refill(shared: Arc<Shared>) {

@@ -274,6 +274,30 @@ fn a_boot_that_is_dropped_leaves_nothing() {
 }
 
 #[test]
+fn the_first_start_after_a_restart_finds_a_blank_vmm_of_a_shape_used_before() {
+    on_a_host(async |host| {
+        let platform = host.start("well").await;
+        let machine = host.machine(&platform).await;
+        boot(&platform, &machine).await.unwrap().quit().await;
+        platform.stop().await;
+        drop(platform);
+        until(|| host.path("state/shapes-in-use.json").exists()).await;
+        let platform = host.start("well").await;
+        platform.blanks_settled().await;
+        let blank = host
+            .run_dirs()
+            .into_iter()
+            .find(|name| name.starts_with("blank-"))
+            .unwrap();
+        let waiting = host.record(&blank).process;
+        let execution = boot(&platform, &machine).await.unwrap();
+        assert_eq!(host.record(execution.id().as_str()).process, waiting);
+        execution.quit().await;
+        platform.stop().await;
+    });
+}
+
+#[test]
 fn a_start_waits_until_the_machines_earlier_vmm_has_closed_its_disk() {
     on_a_host(async |host| {
         let platform = host.start("well").await;
