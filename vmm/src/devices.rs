@@ -308,6 +308,7 @@ impl DeviceSet {
     pub fn freeze(&mut self) {
         self.io_worker.freeze();
         self.disk_worker.freeze();
+        self.blk.with_model(Blk::new_run);
     }
 
     /// Lets them run on, beginning with what queued up.
@@ -320,9 +321,15 @@ impl DeviceSet {
     ///
     /// # Errors
     /// The overlay can't be written or synchronised.
-    pub fn flush_disk(&mut self) -> io::Result<()> {
+    pub fn flush_disk(&self) -> io::Result<()> {
+        self.disk_flusher()()
+    }
+
+    /// What makes the disk durable, for another thread: a thaw does not wait for it, only the disk's next request.
+    pub fn disk_flusher(&self) -> impl FnOnce() -> io::Result<()> + Send + use<> {
         self.console.flush();
-        self.blk.with_model(|blk| blk.flush()).unwrap_or(Ok(()))
+        let blk = Arc::clone(&self.blk);
+        move || blk.with_model(|blk| blk.flush()).unwrap_or(Ok(()))
     }
 
     /// The disk's generation; 0 before the backends are there.

@@ -344,7 +344,7 @@ impl Vm {
             if let Err(error) = self.stop() {
                 tracing::warn!(%error, "cannot stop the vCPUs of a guest that ended");
             }
-            if let Err(error) = self.write_devices().flush_disk() {
+            if let Err(error) = self.read_devices().flush_disk() {
                 tracing::error!(%error, "cannot flush the disk of a guest that ended");
             }
         }
@@ -361,13 +361,7 @@ impl Vm {
     }
 
     fn disk_flush(&self) -> FlushDisk {
-        let devices = Arc::clone(&self.devices);
-        Box::new(move || {
-            devices
-                .write()
-                .unwrap_or_else(PoisonError::into_inner)
-                .flush_disk()
-        })
+        Box::new(self.read_devices().disk_flusher())
     }
 }
 

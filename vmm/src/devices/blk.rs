@@ -84,6 +84,11 @@ impl Blk {
         self.generation.value()
     }
 
+    /// An image may be made of what the guest has now.
+    pub(crate) fn new_run(&mut self) {
+        self.generation.new_run();
+    }
+
     /// Does one request; returns the bytes written to guest memory.
     fn request(&mut self, mut chain: Chain<'_>) -> Result<usize, QueueError> {
         let short = QueueError::Short { head: chain.head };

@@ -1,7 +1,8 @@
 //! The disk's generation: which writes the memory image on disk knows of.
 //!
-//! Invariant: before the first change of the disk in an execution reaches the overlay, a higher generation is
-//! durable in the file. So memory whose manifest names an older one is never resumed over a newer disk.
+//! Invariant: before the first change of the disk after a start, a restore or a freeze reaches the overlay, a
+//! higher generation is durable in the file. So memory whose manifest names an older one is never resumed over a
+//! newer disk, be it by this process or the next.
 
 use std::fs::File;
 use std::io;
@@ -40,7 +41,12 @@ impl Generation {
         self.value
     }
 
-    /// Before a change of the disk: raises it durably, once per execution.
+    /// An image may name the generation as it is now: the next change raises it again.
+    pub(crate) fn new_run(&mut self) {
+        self.raised = false;
+    }
+
+    /// Before a change of the disk: raises it durably, once between two freezes.
     pub(crate) fn raise(&mut self) -> io::Result<()> {
         if self.raised {
             return Ok(());
@@ -50,8 +56,9 @@ impl Generation {
             .checked_add(1)
             .ok_or_else(|| io::Error::other("the disk's generation is exhausted"))?;
         self.file.write_all_at(&encode(value), 0)?;
-        self.file.sync_data()?;
+        // The file holds it now, whether or not it is durable: an image must not name the one before.
         self.value = value;
+        self.file.sync_data()?;
         self.raised = true;
         Ok(())
     }

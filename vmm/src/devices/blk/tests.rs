@@ -194,7 +194,7 @@ fn discarded_and_zeroed_ranges_read_as_zeros_and_not_as_the_base() {
 }
 
 #[test]
-fn the_generation_rises_once_per_execution_and_before_the_first_change_only() {
+fn the_generation_rises_once_between_freezes_and_before_the_first_change_only() {
     let (machine, mut ring) = disk();
     let path = machine.dir.path().join("disk.gen");
     read(&machine, &mut ring, 0, 512);
@@ -216,6 +216,36 @@ fn the_generation_rises_once_per_execution_and_before_the_first_change_only() {
     assert_eq!(machine.set.disk_generation(), 1);
     assert_eq!(range(&machine, &mut ring, T_DISCARD, 0, 1, 0), S_OK);
     assert_eq!(machine.set.disk_generation(), 2);
+}
+
+#[test]
+fn the_generation_rises_again_with_the_first_change_after_every_freeze() {
+    let (mut machine, mut ring) = disk();
+    assert_eq!(write(&machine, &mut ring, 0, &[1; 512]), S_OK);
+    assert_eq!(machine.set.disk_generation(), 1);
+    machine.set.freeze();
+    machine.set.thaw();
+    read(&machine, &mut ring, 0, 512);
+    machine.set.freeze();
+    assert_eq!(machine.set.disk_generation(), 1, "it rose without a change");
+    machine.set.thaw();
+    for _ in 0..2 {
+        assert_eq!(write(&machine, &mut ring, 0, &[2; 512]), S_OK);
+    }
+    assert_eq!(machine.set.disk_generation(), 2);
+    let file = std::fs::read(machine.dir.path().join("disk.gen")).unwrap();
+    assert_eq!(file[..8], 2_u64.to_le_bytes());
+}
+
+#[test]
+fn a_generation_that_was_written_but_is_not_durable_is_raised_again() {
+    // Takes writes and has no fdatasync.
+    let null = crate::devices::testing::open(std::path::Path::new("/dev/null"));
+    let mut generation = super::Generation::read(null).unwrap();
+    assert!(generation.raise().is_err());
+    assert_eq!(generation.value(), 1);
+    assert!(generation.raise().is_err(), "it passed as durable");
+    assert_eq!(generation.value(), 2);
 }
 
 #[test]
