@@ -130,7 +130,7 @@ pub struct DeviceSet {
     vsock: Arc<VirtioDevice<Vsock>>,
     rng: Arc<VirtioDevice<Rng>>,
     balloon: Arc<VirtioDevice<Balloon>>,
-    console: Console,
+    console: Arc<Console>,
     io_epoll: Arc<Epoll>,
     attached: bool,
 }
@@ -199,7 +199,7 @@ impl DeviceSet {
             vsock,
             rng,
             balloon,
-            console: Console::new()?,
+            console: Arc::new(Console::new()?),
             io_epoll,
             attached: false,
         })
@@ -330,6 +330,18 @@ impl DeviceSet {
         self.console.flush();
         let blk = Arc::clone(&self.blk);
         move || blk.with_model(|blk| blk.flush()).unwrap_or(Ok(()))
+    }
+
+    /// What [`Self::flush_disk`] does, for another thread and at a later time, also of a set that runs by then.
+    ///
+    /// It holds the disk only while metadata goes to the page cache; making the returned file durable, which may
+    /// take long, is left to the caller, who holds nothing.
+    pub fn disk_flush(&self) -> impl FnOnce() -> io::Result<Option<File>> + Send + 'static {
+        let (console, blk) = (Arc::clone(&self.console), Arc::clone(&self.blk));
+        move || {
+            console.flush();
+            blk.with_model(|blk| blk.flush_metadata()).transpose()
+        }
     }
 
     /// The disk's generation; 0 before the backends are there.

@@ -21,7 +21,7 @@ pub use restore::RestoreRequest;
 
 use crate::arch::{self, VcpuState, VmState};
 use crate::devices::{DeviceSet, DevicesState};
-use crate::image::persist::{Contents, FlushDisk, Persist, PersistError};
+use crate::image::persist::{Contents, Persist, PersistError};
 use crate::image::{Extent, HostSignature, ImageFile, ImageLayout, merge_working_set};
 use crate::layout::PAGE_SIZE;
 use crate::memory::{Backing, Ram};
@@ -265,7 +265,7 @@ impl Vm {
                 host: self.host.clone(),
             },
             cancel: Arc::clone(&cancel),
-            flush_disk: self.disk_flush(),
+            flush_disk: Box::new(self.read_devices().disk_flush()),
             baseline: Arc::clone(&baseline),
         };
         self.n_jobs += 1;
@@ -358,10 +358,6 @@ impl Vm {
         };
         let same = baseline.is_same_file(target).map_err(VmError::ImageFile)?;
         Ok(same.then(|| Arc::clone(baseline)))
-    }
-
-    fn disk_flush(&self) -> FlushDisk {
-        Box::new(self.read_devices().disk_flusher())
     }
 }
 

@@ -79,6 +79,11 @@ impl Blk {
         self.disk.flush()
     }
 
+    /// Writes cached metadata to the overlay; returns the overlay, for the caller to make it durable.
+    pub(crate) fn flush_metadata(&self) -> io::Result<std::fs::File> {
+        self.disk.flush_metadata()
+    }
+
     /// The disk's generation now.
     pub(crate) fn generation(&self) -> u64 {
         self.generation.value()

@@ -91,8 +91,9 @@ pub struct Contents {
     pub host: HostSignature,
 }
 
-/// Makes the disk durable; called once memory is written and before the image is marked valid.
-pub type FlushDisk = Box<dyn FnOnce() -> io::Result<()> + Send>;
+/// Brings the disk's cached writes to its file and returns that, to be made durable; called once memory is written
+/// and before the image is marked valid. It may run beside a guest that was woken, and so must be short.
+pub type FlushDisk = Box<dyn FnOnce() -> io::Result<Option<File>> + Send>;
 
 /// A persist, ready to run on a thread.
 pub struct Persist {
@@ -169,7 +170,12 @@ impl Persist {
             written_bytes += bytes.len() as u64;
         }
         check_cancel(&self.cancel)?;
-        (self.flush_disk)().map_err(failed("flush the disk"))?;
+        let disk = (self.flush_disk)().map_err(failed("flush the disk"))?;
+        check_cancel(&self.cancel)?;
+        if let Some(disk) = disk {
+            disk.sync_data().map_err(failed("make the disk durable"))?;
+        }
+        check_cancel(&self.cancel)?;
         self.target
             .sync_data()
             .map_err(failed("make the image durable"))?;

@@ -77,6 +77,11 @@ impl Disk {
         self.image.readv(vector, offset)
     }
 
+    #[cfg(test)]
+    pub(crate) fn read_to_slice(&self, into: &mut [u8], offset: u64) {
+        self.image.read(into, offset).unwrap();
+    }
+
     /// Writes from guest memory.
     pub(crate) fn write(&self, from: &Buffers<'_>, offset: u64) -> io::Result<()> {
         let (vector, _guard) = IoVector::from_volatile_slice(from.slices());
@@ -97,5 +102,11 @@ impl Disk {
     pub(crate) fn flush(&self) -> io::Result<()> {
         self.image.flush()?;
         self.overlay.sync_data()
+    }
+
+    /// Writes cached metadata to the overlay, which the caller makes durable.
+    pub(crate) fn flush_metadata(&self) -> io::Result<File> {
+        self.image.flush()?;
+        self.overlay.try_clone()
     }
 }

@@ -369,6 +369,24 @@ fn requests_of_a_cancelled_pause_are_done_at_the_thaw() {
 }
 
 #[test]
+fn a_flush_of_a_pause_may_come_when_the_guest_runs_again_and_has_its_writes() {
+    let (mut machine, mut ring) = disk();
+    assert_eq!(write(&machine, &mut ring, 7, &[0x77; 512]), S_OK);
+    machine.set.freeze();
+    let flush = machine.set.disk_flush();
+    machine.set.thaw();
+    assert_eq!(write(&machine, &mut ring, 8, &[0x88; 512]), S_OK);
+    let overlay = std::thread::spawn(flush).join().unwrap().unwrap().unwrap();
+    overlay.sync_data().unwrap();
+    // Whoever opens the files now sees them as after a power cut.
+    let open = |name: &str| crate::devices::testing::open(&machine.dir.path().join(name));
+    let twin = super::Disk::open(open("base"), open("overlay")).unwrap();
+    let mut bytes = [0; 1024];
+    twin.read_to_slice(&mut bytes, 7 * 512);
+    assert_eq!(bytes, [[0x77; 512], [0x88; 512]].concat()[..]);
+}
+
+#[test]
 fn an_overlay_smaller_than_its_base_is_refused() {
     let file = tempfile::tempfile().unwrap();
     assert!(super::create_overlay(4096, file.try_clone().unwrap(), 2048).is_err());

@@ -119,7 +119,7 @@ impl Guest {
     }
 
     fn persist(&mut self, file: &File, generation: u64) -> PersistStats {
-        let job = self.job(file, generation, Box::new(|| Ok(())), false);
+        let job = self.job(file, generation, Box::new(|| Ok(None)), false);
         self.baseline = Some(Arc::clone(&job.baseline));
         job.run().unwrap()
     }
@@ -211,11 +211,11 @@ fn a_cancelled_persist_leaves_no_valid_image_and_the_next_one_is_right() {
     let mut woken = Guest::restore(&file, 1);
     (0..300).for_each(|page| woken.write(page, page + 1000));
     // The flush is the last step before the image is marked valid: everything else is written by then.
-    let mut job = woken.job(&file, 2, Box::new(|| Ok(())), false);
+    let mut job = woken.job(&file, 2, Box::new(|| Ok(None)), false);
     let cancel = Arc::clone(&job.cancel);
     job.flush_disk = Box::new(move || {
         cancel.store(true, std::sync::atomic::Ordering::Release);
-        Ok(())
+        Ok(None)
     });
     assert!(matches!(job.run(), Err(PersistError::Cancelled)));
     assert!(matches!(
@@ -236,9 +236,34 @@ fn a_persist_that_is_cancelled_before_it_writes_leaves_the_old_image() {
     guest.persist(&file, 1);
     let before = guest.dump();
     guest.write(1, 2);
-    let job = guest.job(&file, 2, Box::new(|| Ok(())), true);
+    let job = guest.job(&file, 2, Box::new(|| Ok(None)), true);
     assert!(matches!(job.run(), Err(PersistError::Cancelled)));
     assert!(reconstruct(&file, 1) == before);
+}
+
+#[test]
+fn a_persist_that_is_cancelled_in_its_flush_does_not_make_the_disk_durable() {
+    let guest = Guest::boot();
+    guest.write(1, 1);
+    let file = image_file();
+    // It has no fdatasync: trying would be another error than a cancellation.
+    let null = File::options().write(true).open("/dev/null").unwrap();
+    let same = null.try_clone().unwrap();
+    let job = guest.job(&file, 1, Box::new(move || Ok(Some(same))), false);
+    assert!(matches!(
+        job.run(),
+        Err(PersistError::Io {
+            operation: "make the disk durable",
+            ..
+        })
+    ));
+    let mut job = guest.job(&file, 2, Box::new(|| Ok(None)), false);
+    let cancel = Arc::clone(&job.cancel);
+    job.flush_disk = Box::new(move || {
+        cancel.store(true, std::sync::atomic::Ordering::Release);
+        Ok(Some(null))
+    });
+    assert!(matches!(job.run(), Err(PersistError::Cancelled)));
 }
 
 #[test]
@@ -388,7 +413,10 @@ fn a_full_disk_is_told_apart_from_a_broken_one() {
     guest.write(1, 1);
     let file = image_file();
     setrlimit(Resource::RLIMIT_FSIZE, 1 << 20, 1 << 20).unwrap();
-    let error = guest.job(&file, 1, Box::new(|| Ok(())), false).run().unwrap_err();
+    let error = guest
+        .job(&file, 1, Box::new(|| Ok(None)), false)
+        .run()
+        .unwrap_err();
     assert!(matches!(error, PersistError::DiskFull { .. }), "{error:?}");
 }
 
@@ -443,11 +471,11 @@ proptest! {
                 }
                 Step::CancelPersist => {
                     generation += 1;
-                    let mut job = guest.job(&file, generation, Box::new(|| Ok(())), false);
+                    let mut job = guest.job(&file, generation, Box::new(|| Ok(None)), false);
                     let cancel = Arc::clone(&job.cancel);
                     job.flush_disk = Box::new(move || {
                         cancel.store(true, std::sync::atomic::Ordering::Release);
-                        Ok(())
+                        Ok(None)
                     });
                     prop_assert!(matches!(job.run(), Err(PersistError::Cancelled)));
                     durable = None;
