@@ -322,21 +322,15 @@ impl DeviceSet {
     /// # Errors
     /// The overlay can't be written or synchronised.
     pub fn flush_disk(&self) -> io::Result<()> {
-        self.disk_flusher()()
-    }
-
-    /// What makes the disk durable, for another thread: a thaw does not wait for it, only the disk's next request.
-    pub fn disk_flusher(&self) -> impl FnOnce() -> io::Result<()> + Send + use<> {
         self.console.flush();
-        let blk = Arc::clone(&self.blk);
-        move || blk.with_model(|blk| blk.flush()).unwrap_or(Ok(()))
+        self.blk.with_model(|blk| blk.flush()).unwrap_or(Ok(()))
     }
 
     /// What [`Self::flush_disk`] does, for another thread and at a later time, also of a set that runs by then.
     ///
     /// It holds the disk only while metadata goes to the page cache; making the returned file durable, which may
     /// take long, is left to the caller, who holds nothing.
-    pub fn disk_flush(&self) -> impl FnOnce() -> io::Result<Option<File>> + Send + 'static {
+    pub fn disk_flush(&self) -> impl FnOnce() -> io::Result<Option<File>> + Send + use<> {
         let (console, blk) = (Arc::clone(&self.console), Arc::clone(&self.blk));
         move || {
             console.flush();

@@ -9,7 +9,7 @@
 //! fills memory, and, while `Persisting`, the one that writes. They report by [`VmEvent`].
 //!
 //! Invariants: devices run only while vCPUs may; the state in an image is that of the freeze; a persist that was
-//! cancelled may still be running when the guest is, and is joined before the next one begins.
+//! cancelled may still be running when the guest is; the next one's thread waits for it, the control thread never.
 
 mod build;
 mod error;
@@ -32,8 +32,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::thread::JoinHandle;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, Shape, VmmState};
 
@@ -98,7 +97,8 @@ pub struct Vm {
     restored_from: Option<Arc<ImageFile>>,
     previous_working_set: Vec<Extent>,
     touched: Vec<Extent>,
-    writer: Option<JoinHandle<()>>,
+    /// Held by the thread that writes an image.
+    writing: Arc<Mutex<()>>,
     n_jobs: u64,
     persisted: Option<PersistStats>,
 }
@@ -168,11 +168,15 @@ impl Vm {
     /// Stop the vCPUs, hold the devices still and take their state. No I/O.
     ///
     /// # Errors
-    /// Not running, or KVM refused; then the process is of no further use.
+    /// Not running, or KVM refused; then the machine is frozen all the same and can only be run.
     pub fn freeze(&mut self) -> Result<u64, VmError> {
         self.expect(matches!(self.phase, Phase::Running), "freeze")?;
         let started = Instant::now();
-        self.stop()?;
+        let stopped = self.stop();
+        // Also after an error: what did stop has to be run again.
+        self.frozen = None;
+        self.phase = Phase::Frozen;
+        stopped?;
         let state = MachineState {
             vm: arch::save_vm(&self.vm_fd)?,
             vcpus: self.save_vcpus()?,
@@ -182,26 +186,29 @@ impl Vm {
         let encoded = postcard::to_stdvec(&state).map_err(VmError::EncodeState)?;
         let disk_generation = self.read_devices().disk_generation();
         self.frozen = Some((encoded, disk_generation));
-        self.phase = Phase::Frozen;
         Ok(micros(started))
     }
 
+    /// Stop vCPUs and devices, all that can be stopped, whatever becomes of the others.
     fn stop(&self) -> Result<(), VmError> {
         for vcpu in &self.vcpus {
             vcpu.request_stop();
         }
-        for vcpu in &self.vcpus {
-            vcpu.stopped()?;
-        }
+        let stopped = first_error(self.vcpus.iter().map(Vcpu::stopped));
         self.write_devices().freeze();
-        Ok(())
+        Ok(stopped?)
     }
 
     fn save_vcpus(&self) -> Result<Vec<VcpuState>, VmError> {
-        for vcpu in &self.vcpus {
-            vcpu.save()?;
-        }
-        Ok(self.vcpus.iter().map(Vcpu::saved).collect::<Result<_, _>>()?)
+        let asked: Vec<_> = self.vcpus.iter().map(Vcpu::save).collect();
+        // Every answer is taken, or it would be taken for that of the next question.
+        let answers: Vec<_> = self
+            .vcpus
+            .iter()
+            .zip(asked)
+            .map(|(vcpu, asked)| asked.and_then(|()| vcpu.saved()))
+            .collect();
+        Ok(answers.into_iter().collect::<Result<_, _>>()?)
     }
 
     /// Run a machine that is frozen in any way; whether a persist was ended by it, and how long it took.
@@ -219,10 +226,9 @@ impl Vm {
             }
         };
         self.write_devices().thaw();
-        for vcpu in &self.vcpus {
-            vcpu.run()?;
-        }
+        let released = first_error(self.vcpus.iter().map(Vcpu::run));
         self.phase = Phase::Running;
+        released?;
         Ok((persist_cancelled, micros(started)))
     }
 
@@ -232,10 +238,6 @@ impl Vm {
     /// Not frozen, or the file can't be used.
     pub fn persist(&mut self, target: File, generation: u64) -> Result<(), VmError> {
         self.expect(matches!(self.phase, Phase::Frozen), "persist")?;
-        // A cancelled one may still be on its way out.
-        if let Some(writer) = self.writer.take() {
-            let _ = writer.join();
-        }
         let (vmstate, disk_generation) = self.frozen.clone().ok_or(VmError::NothingFrozen)?;
         if let Backing::Lazy(lazy) = &self.backing {
             self.touched.extend(lazy.take_recorded());
@@ -271,13 +273,17 @@ impl Vm {
         self.n_jobs += 1;
         let job = self.n_jobs;
         let events = Arc::clone(&self.events);
-        let writer = std::thread::Builder::new()
+        let writing = Arc::clone(&self.writing);
+        std::thread::Builder::new()
             .name("persist".to_owned())
             .spawn(move || {
+                // A cancelled one may still be on its way out. One that comes late sees its cancellation first.
+                let turn = writing.lock().unwrap_or_else(PoisonError::into_inner);
                 let result = persist.run();
+                drop(turn);
                 events(VmEvent::PersistEnded { job, result });
-            });
-        self.writer = Some(writer.map_err(VmError::Thread)?);
+            })
+            .map_err(VmError::Thread)?;
         self.phase = Phase::Persisting {
             job,
             cancel,
@@ -340,13 +346,19 @@ impl Vm {
 
     /// The guest ended by itself: bring its disk to rest.
     pub fn end(&mut self) {
-        if matches!(self.phase, Phase::Running) {
-            if let Err(error) = self.stop() {
-                tracing::warn!(%error, "cannot stop the vCPUs of a guest that ended");
+        match &self.phase {
+            Phase::Exited => return,
+            Phase::Running => {
+                if let Err(error) = self.stop() {
+                    tracing::warn!(%error, "cannot stop the vCPUs of a guest that ended");
+                }
             }
-            if let Err(error) = self.read_devices().flush_disk() {
-                tracing::error!(%error, "cannot flush the disk of a guest that ended");
-            }
+            // The end was on its way here when the guest was frozen.
+            Phase::Persisting { cancel, .. } => cancel.store(true, Ordering::Release),
+            Phase::Frozen | Phase::Durable => {}
+        }
+        if let Err(error) = self.read_devices().flush_disk() {
+            tracing::error!(%error, "cannot flush the disk of a guest that ended");
         }
         self.phase = Phase::Exited;
     }
@@ -359,6 +371,11 @@ impl Vm {
         let same = baseline.is_same_file(target).map_err(VmError::ImageFile)?;
         Ok(same.then(|| Arc::clone(baseline)))
     }
+}
+
+/// Goes through all of them before it says what the first error was.
+fn first_error<E>(results: impl Iterator<Item = Result<(), E>>) -> Result<(), E> {
+    results.fold(Ok(()), |first, result| first.and(result))
 }
 
 fn micros(since: Instant) -> u64 {

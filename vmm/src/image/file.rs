@@ -58,7 +58,9 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
 pub fn is_zero(bytes: &[u8]) -> bool {
     const ZEROS: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
     // By memcmp, which ends at the first difference and has vector code whatever we are compiled with.
-    bytes.chunks(PAGE_SIZE).all(|chunk| *chunk == ZEROS[..chunk.len()])
+    bytes
+        .chunks(PAGE_SIZE)
+        .all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
 
 /// CRC32C of a page of zeros.

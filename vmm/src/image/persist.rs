@@ -131,6 +131,7 @@ impl Persist {
     /// The file then holds no valid image, or, if the error came before anything was written, still the old one.
     pub fn run(self) -> Result<PersistStats, PersistError> {
         let started = Instant::now();
+        check_cancel(&self.cancel)?;
         let layout = self.baseline.layout();
         if self.contents.vmstate.len() as u64 > VMSTATE_CAPACITY {
             return Err(PersistError::StateTooLarge {

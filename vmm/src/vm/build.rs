@@ -207,7 +207,7 @@ impl Prepared {
             restored_from: None,
             previous_working_set: Vec::new(),
             touched: Vec::new(),
-            writer: None,
+            writing: Arc::default(),
             n_jobs: 0,
             persisted: None,
         }
