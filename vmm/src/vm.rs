@@ -375,9 +375,26 @@ impl Vm {
 
 /// Goes through all of them before it says what the first error was.
 fn first_error<E>(results: impl Iterator<Item = Result<(), E>>) -> Result<(), E> {
-    results.fold(Ok(()), |first, result| first.and(result))
+    let mut first = Ok(());
+    for result in results {
+        first = first.and(result);
+    }
+    first
 }
 
 fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::first_error;
+
+    #[test]
+    fn every_vcpu_is_asked_although_an_earlier_one_failed() {
+        let mut n_asked = 0;
+        let results = [Ok(()), Err("second"), Ok(()), Err("fourth")];
+        let first = first_error(results.into_iter().inspect(|_| n_asked += 1));
+        assert_eq!((first, n_asked), (Err("second"), 4));
+    }
 }
