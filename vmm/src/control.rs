@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use torpor_api::vmm::{
-    Event, ExitReason, FdRole, Message, Outcome, Reply, Request, RequestFrame, VmmError, VmmErrorCode,
+    Event, ExitReason, FdRole, Message, Outcome, Reply, Request, RequestFrame, Shape, VmmError, VmmErrorCode,
     VmmState,
 };
 use torpor_ipc::IpcError;
@@ -210,25 +210,11 @@ impl Control {
 
     fn handle(&mut self, request: Request, mut files: Files) -> Result<Reply, VmError> {
         match request {
-            Request::Prepare { shape } => {
-                if !matches!(self.stage, Stage::Blank) {
-                    return Err(self.refused("prepare"));
-                }
-                let prepared = Prepared::build(shape, Arc::clone(&self.report))?;
-                if self.confinement == Confinement::Seccomp {
-                    crate::seccomp::confine()?;
-                }
-                self.stage = Stage::Prepared(Box::new(prepared));
-                Ok(Reply::Done)
-            }
+            Request::Prepare { shape } => self.prepare(shape),
             Request::Boot {
                 cmdline,
                 console_limit,
-            } => {
-                let vm = self.take_prepared("boot")?.boot(files, &cmdline, console_limit)?;
-                self.stage = Stage::Live(Box::new(vm));
-                Ok(Reply::Done)
-            }
+            } => self.boot(files, &cmdline, console_limit),
             Request::Restore {
                 console_limit,
                 generation,
@@ -241,12 +227,7 @@ impl Control {
                     disk_generation,
                     fork,
                 };
-                let on_failure = memory_failure(self.peer.clone());
-                let (vm, trace) = self
-                    .take_prepared("restore")?
-                    .restore(files, request, on_failure)?;
-                self.stage = Stage::Live(Box::new(vm));
-                Ok(Reply::Restored { trace })
+                self.restore(files, request)
             }
             Request::Freeze => Ok(Reply::Frozen {
                 freeze_us: self.live("freeze")?.freeze()?,
@@ -275,6 +256,32 @@ impl Control {
             Request::Status => Ok(self.status()),
             Request::Quit => Ok(Reply::Done),
         }
+    }
+
+    fn prepare(&mut self, shape: Shape) -> Result<Reply, VmError> {
+        if !matches!(self.stage, Stage::Blank) {
+            return Err(self.refused("prepare"));
+        }
+        let prepared = Prepared::build(shape, Arc::clone(&self.report))?;
+        if self.confinement == Confinement::Seccomp {
+            crate::seccomp::confine()?;
+        }
+        self.stage = Stage::Prepared(Box::new(prepared));
+        Ok(Reply::Done)
+    }
+
+    fn boot(&mut self, files: Files, cmdline: &str, console_limit: u64) -> Result<Reply, VmError> {
+        let vm = self.take_prepared("boot")?.boot(files, cmdline, console_limit)?;
+        self.stage = Stage::Live(Box::new(vm));
+        Ok(Reply::Done)
+    }
+
+    fn restore(&mut self, files: Files, request: RestoreRequest) -> Result<Reply, VmError> {
+        let on_failure = memory_failure(self.peer.clone());
+        let prepared = self.take_prepared("restore")?;
+        let (vm, trace) = prepared.restore(files, request, on_failure)?;
+        self.stage = Stage::Live(Box::new(vm));
+        Ok(Reply::Restored { trace })
     }
 
     fn state(&self) -> VmmState {

@@ -157,13 +157,7 @@ pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
             wanted: layout.file_len(),
         });
     }
-    let mut vmstate = vec![0; header.vmstate_len as usize];
-    let failed = |source| OpenError::Read {
-        what: "state",
-        source,
-    };
-    file.read_exact_at(&mut vmstate, layout.vmstate_offset())
-        .map_err(failed)?;
+    let vmstate = read_part(&file, "state", header.vmstate_len, layout.vmstate_offset())?;
     let sum = crc32c::crc32c(&vmstate);
     if sum != header.vmstate_crc {
         return Err(OpenError::StateChecksum {
@@ -171,13 +165,8 @@ pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
             wanted: header.vmstate_crc,
         });
     }
-    let mut encoded = vec![0; header.working_set_len as usize];
-    let failed = |source| OpenError::Read {
-        what: "working set",
-        source,
-    };
-    file.read_exact_at(&mut encoded, layout.working_set_offset())
-        .map_err(failed)?;
+    let (len, offset) = (header.working_set_len, layout.working_set_offset());
+    let encoded = read_part(&file, "working set", len, offset)?;
     let working_set = decode_working_set(&encoded, layout.n_pages()).unwrap_or_default();
     let failed = |source| OpenError::Read {
         what: "identity",
@@ -190,6 +179,14 @@ pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
         working_set,
         header,
     })
+}
+
+/// Read a part whose length the header's decoder bounded.
+fn read_part(file: &File, what: &'static str, len: u32, offset: u64) -> Result<Vec<u8>, OpenError> {
+    let mut bytes = vec![0; len as usize];
+    let failed = |source| OpenError::Read { what, source };
+    file.read_exact_at(&mut bytes, offset).map_err(failed)?;
+    Ok(bytes)
 }
 
 fn check(header: &Header, expected: &Expected) -> Result<(), OpenError> {

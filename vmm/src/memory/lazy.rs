@@ -5,6 +5,10 @@
 //! it can't be read or is wrong, the failure callback is called and must not return in production: the vCPU
 //! that waits for the page never goes on (fail closed).
 //!
+//! userfaultfd's remove events are not asked for: nothing but [`Ram::discard`] removes pages, and it excludes a
+//! fill by a lock. So a page that was given back can't come back from the image, and no discard waits for this
+//! thread.
+//!
 //! The working set is what is recorded here: the windows filled by faults, in order, until the first response
 //! byte left.
 

@@ -44,19 +44,12 @@ impl Prepared {
         let started = Instant::now();
         let image = File::from(files.take(FdRole::Image)?);
         let backends = files.take_backends(request.console_limit)?;
-        let expected = Expected {
-            generation: request.generation,
-            disk_generation: request.disk_generation,
-            n_vcpus: self.shape.vcpus,
-            mem_bytes: self.ram.layout().len_bytes(),
-            host: self.host.clone(),
-        };
         let OpenImage {
             file,
             vmstate,
             working_set,
             ..
-        } = image::open(image, &expected)?;
+        } = image::open(image, &self.expected(request))?;
         let state = decode(&vmstate, self.vcpus.len())?;
         let file = Arc::new(file);
         let mut trace = RestoreTrace {
@@ -70,11 +63,9 @@ impl Prepared {
             vcpu.restore(state)?;
         }
         trace.prefetched_pages = lazy.prefetch(&working_set)?;
-        tracing::debug!(us = micros(started), "working set in place");
         for vcpu in &self.vcpus {
             vcpu.done()?;
         }
-        tracing::debug!(us = micros(started), "vCPU state set");
         self.pre_fault(&working_set)?;
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
@@ -93,6 +84,16 @@ impl Prepared {
         vm.restored_from = Some(file);
         vm.previous_working_set = working_set;
         Ok((vm, trace))
+    }
+
+    fn expected(&self, request: RestoreRequest) -> Expected {
+        Expected {
+            generation: request.generation,
+            disk_generation: request.disk_generation,
+            n_vcpus: self.shape.vcpus,
+            mem_bytes: self.ram.layout().len_bytes(),
+            host: self.host.clone(),
+        }
     }
 
     fn map_lazily(
