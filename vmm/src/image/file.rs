@@ -83,6 +83,7 @@ pub struct ImageFile {
     identity: (u64, u64),
     blocks: Vec<OnceLock<Block>>,
     empty: bool,
+    suspect: AtomicBool,
 }
 
 impl ImageFile {
@@ -110,6 +111,7 @@ impl ImageFile {
             layout,
             blocks: (0..n_blocks).map(|_| OnceLock::new()).collect(),
             empty,
+            suspect: AtomicBool::new(false),
         })
     }
 
@@ -179,7 +181,23 @@ impl ImageFile {
         Ok(())
     }
 
-    /// Write the blocks of the table that changed since they were last written; how many bytes.
+    /// A persist failed while it wrote: what reads back from the page cache need not be what the disk holds.
+    pub(super) fn suspect(&self) {
+        self.suspect.store(true, Ordering::Release);
+    }
+
+    /// A persist ended well: all that is in memory was written since, and is durable.
+    pub(super) fn trust(&self) {
+        self.suspect.store(false, Ordering::Release);
+    }
+
+    /// Whether pages that read back well may still be missing on the disk.
+    pub(super) fn is_suspect(&self) -> bool {
+        self.suspect.load(Ordering::Acquire)
+    }
+
+    /// Write the blocks of the table that changed since they were last written, all loaded ones of a suspect file;
+    /// how many bytes.
     ///
     /// A block that can't be written counts as changed still.
     pub(super) fn write_checksums(&self, target: &File) -> io::Result<u64> {
@@ -192,7 +210,7 @@ impl ImageFile {
             let Some(block) = slot.and_then(OnceLock::get) else {
                 continue;
             };
-            if !block.changed.load(Ordering::Acquire) {
+            if !block.changed.load(Ordering::Acquire) && !self.is_suspect() {
                 continue;
             }
             let sums = block.sums.iter().map(|sum| sum.load(Ordering::Acquire));

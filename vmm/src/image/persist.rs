@@ -9,12 +9,15 @@
 //! written; all of it is made durable; the valid flag is set, durably.
 
 mod plan;
+mod room;
 
 pub use plan::Plan;
 
+use self::room::Room;
+
 use super::{Extent, Header, HeaderError, HostSignature, ImageFile, ImageLayout, PageError, PageSource};
 use super::{VMSTATE_CAPACITY, encode_working_set};
-use crate::layout::PAGE_SIZE;
+use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::memory::Ram;
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::fs::File;
@@ -129,7 +132,7 @@ impl Persist {
     ///
     /// # Errors
     /// The file then holds no valid image, or, if the error came before anything was written, still the old one.
-    pub fn run(self) -> Result<PersistStats, PersistError> {
+    pub fn run(mut self) -> Result<PersistStats, PersistError> {
         let started = Instant::now();
         check_cancel(&self.cancel)?;
         let layout = self.baseline.layout();
@@ -145,14 +148,39 @@ impl Persist {
             self.fresh,
             &self.cancel,
         )?;
-        self.reserve(layout, &plan)?;
+        let flush_disk = std::mem::replace(&mut self.flush_disk, Box::new(|| Ok(None)));
+        let replaced = self.reserve(layout, &plan).and_then(|()| {
+            let replaced = self.replace(layout, &plan, flush_disk);
+            match &replaced {
+                Ok(_) => self.baseline.trust(),
+                Err(PersistError::Cancelled) => {}
+                Err(_) => self.baseline.suspect(),
+            }
+            replaced
+        });
+        if self.fresh && matches!(&replaced, Err(error) if !matches!(error, PersistError::Cancelled)) {
+            self.empty_target();
+        }
+        Ok(PersistStats {
+            generation: self.contents.generation,
+            disk_generation: self.contents.disk_generation,
+            present_pages: plan.present_pages,
+            written_pages: plan.written_pages(),
+            zero_pages: plan.zero_pages,
+            written_bytes: replaced?,
+            durable_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// Give up the old image and write the new one; how many bytes.
+    fn replace(&self, layout: ImageLayout, plan: &Plan, flush_disk: FlushDisk) -> Result<u64, PersistError> {
         check_cancel(&self.cancel)?;
         let working_set = encode_working_set(&self.contents.working_set);
         let mut header = self.header(&working_set)?;
         self.write_header(&header)?;
         self.target.sync_data().map_err(failed("clear the valid flag"))?;
-        let mut written_bytes = self.write_pages(&plan)?;
-        self.punch_holes(layout, &plan)?;
+        let mut written_bytes = self.write_pages(plan)?;
+        self.punch_holes(layout, plan)?;
         written_bytes += self
             .baseline
             .write_checksums(&self.target)
@@ -171,7 +199,7 @@ impl Persist {
             written_bytes += bytes.len() as u64;
         }
         check_cancel(&self.cancel)?;
-        let disk = (self.flush_disk)().map_err(failed("flush the disk"))?;
+        let disk = flush_disk().map_err(failed("flush the disk"))?;
         check_cancel(&self.cancel)?;
         if let Some(disk) = disk {
             disk.sync_data().map_err(failed("make the disk durable"))?;
@@ -187,15 +215,14 @@ impl Persist {
             .write_all_at(&page, 0)
             .map_err(failed("set the valid flag"))?;
         self.target.sync_data().map_err(failed("set the valid flag"))?;
-        Ok(PersistStats {
-            generation: self.contents.generation,
-            disk_generation: self.contents.disk_generation,
-            present_pages: plan.present_pages,
-            written_pages: plan.written_pages(),
-            zero_pages: plan.zero_pages,
-            written_bytes: written_bytes + 2 * page.len() as u64,
-            durable_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
-        })
+        Ok(written_bytes + 2 * page.len() as u64)
+    }
+
+    /// A first image that failed holds nothing of use, and the next one begins anew.
+    fn empty_target(&self) {
+        if let Err(error) = self.target.set_len(0) {
+            tracing::warn!(%error, "cannot empty an image that was not finished");
+        }
     }
 
     fn header(&self, working_set: &[u8]) -> Result<Header, PersistError> {
@@ -229,21 +256,24 @@ impl Persist {
         self.target
             .set_len(layout.file_len())
             .map_err(failed("size the image"))?;
-        self.allocate(0..layout.vmstate_offset() + self.contents.vmstate.len() as u64)?;
-        self.allocate(layout.checksums_offset()..layout.data_offset())?;
-        for pages in &plan.write {
-            check_cancel(&self.cancel)?;
-            self.allocate(layout.page_offset(pages.start)..layout.page_offset(pages.end))?;
+        let mut room = Room::in_file(&self.target);
+        let reserved = self.reserve_all(&mut room, layout, plan);
+        // A cancelled one keeps it: the next one will want it, and the guest is waiting.
+        if matches!(&reserved, Err(error) if !matches!(error, PersistError::Cancelled)) {
+            room.give_back();
         }
-        Ok(())
+        reserved
     }
 
-    fn allocate(&self, bytes: Range<u64>) -> Result<(), PersistError> {
-        match fallocate_range(&self.target, FallocateFlags::FALLOC_FL_KEEP_SIZE, &bytes) {
-            // A file system without preallocation: the write will tell.
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
-            result => result.map_err(failed("reserve room for the image")),
+    fn reserve_all(&self, room: &mut Room<'_>, layout: ImageLayout, plan: &Plan) -> Result<(), PersistError> {
+        let vmstate_end = layout.vmstate_offset() + self.contents.vmstate.len() as u64;
+        room.reserve(0..vmstate_end.next_multiple_of(PAGE_BYTES))?;
+        room.reserve(layout.checksums_offset()..layout.data_offset())?;
+        for pages in &plan.write {
+            check_cancel(&self.cancel)?;
+            room.reserve(layout.page_offset(pages.start)..layout.page_offset(pages.end))?;
         }
+        Ok(())
     }
 
     fn write_pages(&self, plan: &Plan) -> Result<u64, PersistError> {

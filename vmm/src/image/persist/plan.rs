@@ -1,8 +1,9 @@
 //! Which pages a persist writes and which it makes holes.
 //!
 //! A page that is present is compared with what the image holds. A page that is not present was not touched
-//! since the restore, and keeps what the image has, unless the guest gave it back, which makes it zero. So no
-//! log of writes is needed, and what devices wrote is seen like what the guest wrote.
+//! since the restore, and keeps what the image has, unless the guest gave it back, which makes it zero;
+//! no persist that failed has written it. So no log of writes is needed, and what devices wrote is seen like what
+//! the guest wrote.
 
 use super::{CHUNK_PAGES, PersistError, check_cancel, chunks, failed};
 use crate::image::{ImageFile, PageSource, is_zero};
@@ -85,9 +86,12 @@ impl Plan {
             let bytes = &buffers.new[at..at + PAGE_SIZE];
             let zero = is_zero(bytes);
             self.zero_pages += u64::from(zero);
-            // A fresh file is all zeros; otherwise equal checksums do not make equal pages.
+            // A fresh file is all zeros; otherwise equal checksums do not make equal pages. What a failed persist
+            // left in the page cache looks written and may not be, so there no page counts as equal.
             let same = if self.fresh {
                 zero
+            } else if baseline.is_suspect() {
+                false
             } else if baseline
                 .checksum(page)
                 .map_err(failed("read checksums of the image"))?

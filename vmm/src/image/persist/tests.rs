@@ -284,10 +284,36 @@ fn a_disk_that_cannot_be_flushed_leaves_no_valid_image() {
             ..
         })
     ));
+    // It was to be the machine's first: nothing of it is kept.
+    assert_eq!(file.metadata().unwrap().blocks(), 0);
+    assert!(image::open(file, &expected(1)).is_err());
+}
+
+#[test]
+fn after_a_failed_persist_nothing_that_it_wrote_is_taken_to_be_on_the_disk() {
+    let mut guest = Guest::boot();
+    (0..600).for_each(|page| guest.write(page, page + 1));
+    let file = image_file();
+    guest.persist(&file, 1);
+    let mut woken = Guest::restore(&file, 1);
+    (0..16).for_each(|page| woken.write(page, page + 1000));
+    let failing = || Err(io::Error::from_raw_os_error(libc::EIO));
+    assert!(woken.job(&file, 2, Box::new(failing), false).run().is_err());
     assert!(matches!(
-        image::open(file, &expected(1)),
+        image::open(file.try_clone().unwrap(), &expected(2)),
         Err(OpenError::Incomplete)
     ));
+    // What a lost write looks like: the new page reads back from the page cache, the table of checksums no more.
+    file.write_all_at(&[0; 64], ImageLayout::new(MEM_BYTES).checksums_offset())
+        .unwrap();
+    let stats = woken.persist(&file, 3);
+    assert_eq!((stats.present_pages, stats.written_pages), (16, 16));
+    assert!(reconstruct(&file, 3) == woken.dump());
+    let stats = woken.persist(&file, 4);
+    assert_eq!(
+        stats.written_pages, 0,
+        "a file that is good again is suspected still"
+    );
 }
 
 #[test]
