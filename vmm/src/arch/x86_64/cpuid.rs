@@ -7,6 +7,9 @@ use kvm_ioctls::{Kvm, VcpuFd};
 
 const HYPERVISOR_BIT: u32 = 1 << 31;
 const TSC_DEADLINE_BIT: u32 = 1 << 24;
+/// Nested virtualisation, Intel's and AMD's: its state is in no image, so a guest must not begin to use it.
+const VMX_BIT: u32 = 1 << 5;
+const SVM_BIT: u32 = 1 << 2;
 const KVM_FEATURES: u32 = 0x4000_0001;
 /// `KVM_FEATURE_ASYNC_PF`, `_VMEXIT` and `_INT`: a task that waits for such a page when the machine is frozen
 /// would wait for ever after a restore, because the host that owes it the page is gone.
@@ -29,18 +32,25 @@ pub fn prepare_cpuid(host: &Kvm, n_vcpus: u8) -> Result<CpuProfile, ArchError> {
         .map_err(kvm("get supported CPUID"))?;
     let tsc_deadline = host.check_extension_raw(KVM_CAP_TSC_DEADLINE_TIMER.into()) > 0;
     for entry in supported.as_mut_slice() {
-        match entry.function {
-            1 => {
-                entry.ecx |= HYPERVISOR_BIT;
-                if tsc_deadline {
-                    entry.ecx |= TSC_DEADLINE_BIT;
-                }
-            }
-            KVM_FEATURES => entry.eax &= !ASYNC_PAGE_FAULT_BITS,
-            _ => {}
-        }
+        choose_features(entry, tsc_deadline);
     }
     Ok(CpuProfile { supported, n_vcpus })
+}
+
+/// What every vCPU is told, beyond or short of what KVM supports.
+fn choose_features(entry: &mut kvm_cpuid_entry2, tsc_deadline: bool) {
+    match entry.function {
+        1 => {
+            entry.ecx |= HYPERVISOR_BIT;
+            entry.ecx &= !VMX_BIT;
+            if tsc_deadline {
+                entry.ecx |= TSC_DEADLINE_BIT;
+            }
+        }
+        0x8000_0001 => entry.ecx &= !SVM_BIT,
+        KVM_FEATURES => entry.eax &= !ASYNC_PAGE_FAULT_BITS,
+        _ => {}
+    }
 }
 
 /// Tell a vCPU what it is; before its first run and before any state is set.
@@ -132,6 +142,24 @@ pub fn signature(profile: &CpuProfile) -> HostSignature {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_guest_is_offered_what_an_image_cannot_hold() {
+        let all = |function| {
+            let mut entry = kvm_cpuid_entry2 {
+                function,
+                eax: u32::MAX,
+                ecx: u32::MAX,
+                ..Default::default()
+            };
+            choose_features(&mut entry, false);
+            entry
+        };
+        assert_eq!(all(1).ecx, !(1 << 5));
+        assert_eq!(all(0x8000_0001).ecx, !(1 << 2));
+        assert_eq!(all(KVM_FEATURES).eax & (1 << 4 | 1 << 10 | 1 << 14), 0);
+        assert_eq!((all(7).eax, all(7).ecx), (u32::MAX, u32::MAX));
+    }
 
     #[test]
     fn apic_ids_are_distinct_in_every_leaf_that_has_one() {
