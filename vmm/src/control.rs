@@ -5,6 +5,7 @@
 
 use crate::sys::process;
 use crate::vm::{Files, Prepared, RestoreRequest, Vm, VmError, VmEvent, chain};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -134,13 +135,26 @@ impl Control {
             }
         }
         if accept {
-            let socket = Arc::new(torpor_ipc::accept(&self.listener).map_err(ControlError::Accept)?);
-            self.peer.replace(Some(Arc::clone(&socket)));
-            self.connection = Some(socket);
+            match torpor_ipc::accept(&self.listener) {
+                Ok(socket) => self.connect(Some(Arc::new(socket))),
+                Err(error) if listener_is_unusable(&error) => return Err(ControlError::Accept(error)),
+                Err(error) => {
+                    tracing::warn!(error = chain(&error), "cannot accept a control connection");
+                    if lacks_descriptors(&error) {
+                        // The old one was to be replaced anyway, and leaves its descriptor to the new one.
+                        self.connect(None);
+                    }
+                }
+            }
             // What the old connection still had to say is not heard: its sender was replaced.
             return Ok(None);
         }
         Ok(if request { self.receive() } else { None })
+    }
+
+    fn connect(&mut self, socket: Option<Arc<OwnedFd>>) {
+        self.peer.replace(socket.clone());
+        self.connection = socket;
     }
 
     fn wait(&self) -> Result<(bool, bool, bool), ControlError> {
@@ -156,7 +170,7 @@ impl Control {
         );
         loop {
             match poll(&mut fds, PollTimeout::NONE) {
-                Err(nix::errno::Errno::EINTR) => {}
+                Err(Errno::EINTR) => {}
                 Err(error) => return Err(ControlError::Poll(error)),
                 Ok(_) => break,
             }
@@ -174,15 +188,14 @@ impl Control {
                 if !matches!(error, IpcError::Closed) {
                     tracing::warn!(%error, "control connection lost");
                 }
-                self.connection = None;
-                self.peer.replace(None);
+                self.connect(None);
                 return None;
             }
         };
         let frame: RequestFrame = match serde_json::from_slice(&datagram.bytes) {
             Ok(frame) => frame,
             Err(error) => {
-                tracing::error!(%error, "unreadable request");
+                self.refuse_unreadable(&datagram.bytes, &error);
                 return None;
             }
         };
@@ -206,6 +219,25 @@ impl Control {
             outcome,
         });
         quit.then_some(0)
+    }
+
+    /// Whoever sent it waits for an answer: by number if it has one, or else by the end of the connection.
+    fn refuse_unreadable(&mut self, bytes: &[u8], error: &serde_json::Error) {
+        #[derive(serde::Deserialize)]
+        struct Numbered {
+            id: u64,
+        }
+        tracing::error!(%error, "unreadable request");
+        match serde_json::from_slice(bytes) {
+            Ok(Numbered { id }) => self.peer.send(&Message::Reply {
+                id,
+                outcome: Outcome::Err(VmmError {
+                    code: VmmErrorCode::BadRequest,
+                    message: format!("cannot read the request: {error}"),
+                }),
+            }),
+            Err(_) => self.connect(None),
+        }
     }
 
     fn handle(&mut self, request: Request, mut files: Files) -> Result<Reply, VmError> {
@@ -370,6 +402,27 @@ impl Control {
     }
 }
 
+/// Whether no later accept can do better, in contrast to one for which descriptors or memory were lacking.
+fn listener_is_unusable(error: &IpcError) -> bool {
+    matches!(
+        error,
+        IpcError::Os {
+            source: Errno::EBADF | Errno::EINVAL | Errno::ENOTSOCK | Errno::EOPNOTSUPP,
+            ..
+        }
+    )
+}
+
+fn lacks_descriptors(error: &IpcError) -> bool {
+    matches!(
+        error,
+        IpcError::Os {
+            source: Errno::EMFILE | Errno::ENFILE,
+            ..
+        }
+    )
+}
+
 /// The guest must not see a wrong page: tell, and end the process without letting any thread go on.
 fn memory_failure(peer: Peer) -> crate::memory::lazy::FailureSink {
     Box::new(move |error| {
@@ -383,3 +436,6 @@ fn memory_failure(peer: Peer) -> crate::memory::lazy::FailureSink {
         process::exit_now(EXIT_MEMORY)
     })
 }
+
+#[cfg(test)]
+mod tests;
