@@ -396,11 +396,12 @@ impl DeviceSet {
 
     /// Lets restored devices run: every queue is looked at, every interrupt raised that may have been lost.
     pub fn resume_after_restore(&mut self) {
-        self.thaw();
+        // While the threads are parked: a request that queued up may keep its device for an fdatasync.
         for device in self.bus() {
             device.raise_after_restore();
         }
         worker::ring(self.console.line());
+        self.thaw();
     }
 
     /// Bytes moved so far.
