@@ -30,9 +30,9 @@ use operation::{Operation, Outcome};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use torpor_api::MachineId;
 use torpor_api::http::LastError;
 use torpor_api::vmm::{ExitReason, PersistStats, VmmState};
-use torpor_api::MachineId;
 use waiters::Waiters;
 
 /// A commit that failed is tried again after this long, as long as the machine is awake.

@@ -221,7 +221,10 @@ fn every_event_that_is_stored_is_documented() {
     for text in sources.iter().flat_map(|source| source.split('"')) {
         if text.starts_with("machine.") || text.starts_with("service.") {
             n_kinds += 1;
-            assert!(documented.contains(&format!("`{text}`")), "{text} is not in docs/events.md");
+            assert!(
+                documented.contains(&format!("`{text}`")),
+                "{text} is not in docs/events.md"
+            );
         }
     }
     assert!(n_kinds > 15, "the sources are no longer where this test looks");
