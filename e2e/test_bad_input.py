@@ -58,7 +58,7 @@ def test_a_bad_create_is_refused_and_leaves_no_machine(spec, code):
     ("GET", "/v1/no/such/route", None, "route_not_found"),
     ("PUT", "/v1/machines", None, "method_not_allowed"),
     ("GET", "/v1/machines?limit=-1", None, "invalid_request"),
-])
+], ids=lambda value: value[:40] if isinstance(value, str) else "body")
 def test_a_bad_request_has_a_stable_code(method, path, body, code):
     with pytest.raises(torpor.ApiFailure) as failure:
         torpor.call(method, path, body)
