@@ -5,7 +5,7 @@
 # ssh (control socket), image and templates (what it was started with), synced and deb (what it was given).
 
 STATE=${TORPOR_STATE:-/var/tmp/torpor-testhost}/$(printf %s "$REPO" | sha256sum | cut -c1-10)
-# Emulated CPUs lose a timer about one boot in fifty and then sleep for ever; a second boot is cheaper than waiting.
+# An emulated CPU was seen to lose its timer while booting and then to sleep for ever; a second boot is cheaper than waiting.
 readonly BOOT_LIMIT_SECS=150
 # Templates that a running host can be given after its first; then it has to be started afresh.
 readonly SWAP_SLOTS=8

@@ -2,7 +2,7 @@
 //!
 //! The VMM owns the format (`vmm/src/image/header.rs`) and checks all of it before a restore. torpord reads the
 //! few fields that tell whether there is something to restore, by their offsets, so that it need not be built
-//! with KVM; a test of the VMM's own encoder pins them.
+//! with KVM. No test compares them with the VMM's encoder; only a wake in the virtual host would show a difference.
 
 use std::fs::File;
 use std::io;
