@@ -25,7 +25,7 @@ pub use serve::{ServeError, bind_unix, serve_tcp, serve_unix};
 use crate::machine::fleet::Fleet;
 use axum::Router;
 use axum::middleware;
-use axum::routing::{delete, get, patch, post};
+use axum::routing::{delete, get, patch, post, put};
 
 /// The API without authentication, for the unix socket.
 pub fn router(fleet: Fleet) -> Router {
@@ -47,6 +47,7 @@ fn routes(fleet: Fleet) -> Router {
         .route("/v1/machines/{id}/resume", post(machines::resume))
         .route("/v1/machines/{id}/lease", get(lease::show).put(lease::set))
         .route("/v1/machines/{id}/wake", patch(lease::patch_wake))
+        .route("/v1/machines/{id}/metadata", put(machines::set_metadata))
         .route(
             "/v1/machines/{id}/services",
             get(services::list).post(services::expose),

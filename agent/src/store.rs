@@ -19,7 +19,7 @@ mod transition;
 
 pub use events::{EventFilter, NewEvent};
 pub use leases::DueLease;
-pub use machines::{Created, Idempotency, NewMachine};
+pub use machines::{Created, Idempotency, MachineFilter, NewMachine};
 pub use rows::{MachineRow, ServiceRow};
 pub use services::{SERVICE_PORTS, ServiceRoute};
 pub use transition::{LeaseChange, Transition};
@@ -32,7 +32,10 @@ use tokio::sync::{mpsc, oneshot};
 use torpor_api::{ErrorCode, MachineId};
 
 const QUEUE_LEN: usize = 256;
-const MIGRATIONS: &[M<'static>] = &[M::up(include_str!("store/migrations/0001_machines.sql"))];
+const MIGRATIONS: &[M<'static>] = &[
+    M::up(include_str!("store/migrations/0001_machines.sql")),
+    M::up(include_str!("store/migrations/0002_machine_defaults.sql")),
+];
 
 /// Why the store could not.
 #[derive(Debug, thiserror::Error)]

@@ -131,6 +131,12 @@ pub struct CreateMachine {
     /// Free key/value pairs of the user.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub metadata: BTreeMap<String, String>,
+    /// Environment of its commands, below what a command sets itself.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Working directory of commands that name none; `/workspace` if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
 }
 
 fn default_template() -> String {
@@ -156,6 +162,9 @@ pub struct Machine {
     /// The live execution.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub execution_id: Option<ExecutionId>,
+    /// The execution that is live, or was live last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_execution_id: Option<ExecutionId>,
     /// Template it was made from.
     pub template: String,
     /// Number of vCPUs.
@@ -175,6 +184,12 @@ pub struct Machine {
     pub services: Vec<Service>,
     /// Free key/value pairs of the user.
     pub metadata: BTreeMap<String, String>,
+    /// Environment of its commands, below what a command sets itself.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+    /// Working directory of commands that name none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cwd: Option<String>,
     /// Why the last operation failed, until the next one succeeds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<LastError>,
@@ -182,6 +197,14 @@ pub struct Machine {
     pub pauses: u64,
     /// Number of completed wakes.
     pub wakes: u64,
+}
+
+/// `PUT /v1/machines/{id}/metadata`: all of it is replaced.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetMetadata {
+    /// Free key/value pairs of the user.
+    pub metadata: BTreeMap<String, String>,
 }
 
 /// The failure that a machine remembers.

@@ -100,6 +100,26 @@ generated_id!(
     /// A named, immutable, forkable snapshot.
     SnapshotId, "snap");
 
+/// Prefixes under which a machine is known outside, each with those that stand for it inside: a machine of the
+/// Morph API, and an execution or the memory of one in the Nullspace API.
+const SPELLINGS: &[(&str, &[&str])] = &[
+    ("morphvm_", &["mch_"]),
+    ("mch_", &["mch_", "exe_"]),
+    ("snap_", &["exe_"]),
+];
+
+/// The IDs that this text may stand for, itself first if it is one of ours.
+#[must_use]
+pub fn spellings(text: &str) -> Vec<String> {
+    let inside = SPELLINGS
+        .iter()
+        .find_map(|(outside, inside)| text.strip_prefix(outside).map(|rest| (rest, inside)));
+    match inside {
+        Some((rest, inside)) => inside.iter().map(|prefix| format!("{prefix}{rest}")).collect(),
+        None => vec![text.to_owned()],
+    }
+}
+
 /// An optional unique label that a user gives to a machine or template; safe in a host name.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
@@ -181,6 +201,15 @@ mod tests {
             assert!(bad.parse::<MachineName>().is_err(), "{bad:?} was accepted");
         }
         assert!("web-1".parse::<MachineName>().is_ok());
+    }
+
+    #[test]
+    fn ids_of_the_facades_lead_to_machines_and_executions() {
+        assert_eq!(spellings("morphvm_x"), ["mch_x"]);
+        assert_eq!(spellings("mch_x"), ["mch_x", "exe_x"]);
+        assert_eq!(spellings("snap_x"), ["exe_x"]);
+        assert_eq!(spellings("exe_x"), ["exe_x"]);
+        assert_eq!(spellings("web"), ["web"]);
     }
 
     proptest! {

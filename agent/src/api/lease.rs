@@ -3,7 +3,7 @@
 use super::error::Failure;
 use super::extract::{Json as Body, Named};
 use super::validate;
-use crate::machine::fleet::Fleet;
+use crate::machine::fleet::{Fleet, PolicyRule};
 use axum::Json;
 use axum::extract::State;
 use torpor_api::Lease;
@@ -24,7 +24,9 @@ pub(super) async fn set(
     if let Some(lease) = body.lease {
         validate::lease(lease)?;
     }
-    fleet.set_lease(&id, body.lease).await?;
+    fleet
+        .set_lease(&id, body.lease, PolicyRule::DestroyOrWake)
+        .await?;
     Ok(Json(fleet.view(&id).await?.lease))
 }
 
@@ -33,6 +35,6 @@ pub(super) async fn patch_wake(
     Named(id): Named,
     Body(patch): Body<PatchWake>,
 ) -> Result<Json<Machine>, Failure> {
-    fleet.patch_wake(&id, patch).await?;
+    fleet.patch_wake(&id, patch, PolicyRule::DestroyOrWake).await?;
     Ok(Json(fleet.view(&id).await?))
 }

@@ -1,11 +1,11 @@
 //! `/v1/machines`: made, shown, paused, resumed, deleted.
 
 use super::error::Failure;
-use super::extract::{Named, OptionalJson, Query, RawJson};
+use super::extract::{Json as Body, Named, OptionalJson, Query, RawJson};
 use super::validate;
 use crate::machine::driver::PauseOrder;
-use crate::machine::fleet::{CreateOrder, Fleet};
-use crate::store::Idempotency;
+use crate::machine::fleet::{CreateOrder, Fleet, MachineQuery};
+use crate::store::{Idempotency, MachineFilter};
 use axum::Json;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -13,7 +13,7 @@ use axum::response::IntoResponse;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::future::Future;
-use torpor_api::http::{CreateMachine, Machine, MachineList, ResumeMachine};
+use torpor_api::http::{CreateMachine, Machine, MachineList, ResumeMachine, SetMetadata};
 use torpor_api::{ErrorCode, MachineId};
 
 const DEFAULT_PAGE: u32 = 100;
@@ -27,6 +27,31 @@ const MAX_KEY_BYTES: usize = 255;
 pub(super) struct Page {
     after: Option<MachineId>,
     limit: Option<u32>,
+    /// Statuses, separated by commas.
+    status: Option<String>,
+    template: Option<String>,
+    /// A JSON object of pairs that the machine's metadata has to hold.
+    metadata: Option<String>,
+}
+
+impl Page {
+    fn query(&self) -> Result<MachineQuery, Failure> {
+        let names = self.status.iter().flat_map(|names| names.split(','));
+        let statuses = names.map(|name| {
+            serde_json::from_value(serde_json::Value::from(name))
+                .map_err(|_| Failure::invalid(format!("status {:?} is none", super::error::cut(name))))
+        });
+        let metadata = self.metadata.as_deref().map(serde_json::from_str).transpose();
+        let metadata = metadata
+            .map_err(|error| Failure::invalid(format!("metadata is no JSON object of texts: {error}")))?;
+        Ok(MachineQuery {
+            filter: MachineFilter {
+                template: self.template.clone(),
+                metadata: metadata.unwrap_or_default(),
+            },
+            statuses: statuses.collect::<Result<_, _>>()?,
+        })
+    }
 }
 
 #[derive(Deserialize)]
@@ -51,7 +76,7 @@ pub(super) async fn list(
         )));
     }
     // One more than asked for tells whether there is a next page.
-    let mut machines = fleet.list(page.after, limit + 1).await?;
+    let mut machines = fleet.list(&page.query()?, page.after, limit + 1).await?;
     let shown = usize::try_from(limit).unwrap_or(usize::MAX);
     let more = machines.len() > shown;
     machines.truncate(shown);
@@ -108,6 +133,16 @@ pub(super) async fn to_the_end<T: Send + 'static>(
 pub(super) async fn delete(State(fleet): State<Fleet>, Named(id): Named) -> Result<StatusCode, Failure> {
     fleet.delete(&id, PauseOrder::by("api")).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn set_metadata(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Body(body): Body<SetMetadata>,
+) -> Result<Json<Machine>, Failure> {
+    validate::metadata(&body.metadata)?;
+    fleet.set_metadata(&id, body.metadata).await?;
+    Ok(Json(fleet.view(&id).await?))
 }
 
 pub(super) async fn pause(

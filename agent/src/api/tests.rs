@@ -308,6 +308,54 @@ async fn machines_are_listed_in_pages() {
 }
 
 #[tokio::test]
+async fn lists_can_be_narrowed_and_metadata_replaced() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let body = json!({ "metadata": { "team": "a" }, "env": { "A": "1" }, "cwd": "/srv" });
+    let first = call(&router, "POST", "/v1/machines", body).await.body;
+    assert_eq!((&first["env"]["A"], &first["cwd"]), (&json!("1"), &json!("/srv")));
+    let (second, _) = created(&router).await;
+    call(
+        &router,
+        "POST",
+        &format!("/v1/machines/{second}/pause"),
+        Value::Null,
+    )
+    .await;
+    for (query, found) in [
+        ("status=paused", &second),
+        ("status=running,waking", &first["id"].as_str().unwrap().to_owned()),
+        (
+            "metadata=%7B%22team%22%3A%22a%22%7D",
+            &first["id"].as_str().unwrap().to_owned(),
+        ),
+    ] {
+        let list = call(&router, "GET", &format!("/v1/machines?{query}"), Value::Null)
+            .await
+            .body;
+        let ids: Vec<_> = list["machines"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|m| m["id"].clone())
+            .collect();
+        assert_eq!(ids, [json!(found)], "{query}");
+    }
+    for query in ["status=asleep", "metadata=x", "metadata=%7B%22a%22%3A1%7D"] {
+        let answer = call(&router, "GET", &format!("/v1/machines?{query}"), Value::Null).await;
+        assert_refused(&answer, 400, "invalid_request", query);
+    }
+    let path = format!("/v1/machines/{second}/metadata");
+    let changed = call(&router, "PUT", &path, json!({ "metadata": { "b": "2" } }))
+        .await
+        .body;
+    assert_eq!(
+        (&changed["metadata"], &changed["status"]),
+        (&json!({ "b": "2" }), &json!("paused"))
+    );
+}
+
+#[tokio::test]
 async fn the_unix_socket_is_for_its_owner_alone_and_replaces_a_dead_one() {
     use std::os::unix::fs::PermissionsExt;
     let directory = tempfile::tempdir().unwrap();

@@ -37,6 +37,8 @@ pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
         check_lease_and_wake(body.lease, wake)?;
     }
     services(&body.services)?;
+    environment(&body.env)?;
+    directory(body.cwd.as_deref())?;
     metadata(&body.metadata)
 }
 
@@ -69,7 +71,7 @@ pub(super) fn service(spec: &ServiceSpec) -> Result<(), Failure> {
     within("port", spec.port, &(1..=u16::MAX))
 }
 
-fn metadata(metadata: &BTreeMap<String, String>) -> Result<(), Failure> {
+pub(super) fn metadata(metadata: &BTreeMap<String, String>) -> Result<(), Failure> {
     let (most_pairs, most_key, most_value) = limits::MAX_METADATA;
     if metadata.len() > most_pairs {
         return Err(Failure::invalid(format!(
@@ -91,6 +93,36 @@ fn metadata(metadata: &BTreeMap<String, String>) -> Result<(), Failure> {
         }
     }
     Ok(())
+}
+
+fn environment(env: &BTreeMap<String, String>) -> Result<(), Failure> {
+    let len_bytes: usize = env.iter().map(|(key, value)| key.len() + value.len() + 2).sum();
+    if len_bytes > limits::MAX_EXEC_BYTES {
+        return Err(Failure::invalid(format!(
+            "the environment is {len_bytes} bytes, at most {}",
+            limits::MAX_EXEC_BYTES
+        )));
+    }
+    if env.values().any(|value| value.contains('\0')) {
+        return Err(Failure::invalid("a NUL character is in the environment"));
+    }
+    let bad = |key: &&String| key.is_empty() || key.contains(['=', '\0']);
+    match env.keys().find(bad) {
+        Some(key) => Err(Failure::invalid(format!(
+            "env key {:?} is empty or has a '=' or a NUL character",
+            cut(key)
+        ))),
+        None => Ok(()),
+    }
+}
+
+fn directory(cwd: Option<&str>) -> Result<(), Failure> {
+    match cwd {
+        Some(cwd) if !cwd.starts_with('/') || cwd.contains('\0') => {
+            Err(Failure::invalid("cwd is not an absolute path"))
+        }
+        Some(_) | None => Ok(()),
+    }
 }
 
 /// Longest exec; a longer one runs in the background.
@@ -123,15 +155,8 @@ pub(super) fn exec(body: &ExecRequest) -> Result<(), Failure> {
             "command and environment are {len_bytes} bytes, at most {most}"
         )));
     }
-    if let Some(key) = body.env.keys().find(|key| key.is_empty() || key.contains('=')) {
-        return Err(Failure::invalid(format!(
-            "env key {:?} is empty or has a '='",
-            cut(key)
-        )));
-    }
-    if body.cwd.as_ref().is_some_and(|cwd| !cwd.starts_with('/')) {
-        return Err(Failure::invalid("cwd is not an absolute path"));
-    }
+    environment(&body.env)?;
+    directory(body.cwd.as_deref())?;
     match body.timeout_ms {
         Some(timeout_ms) => within("timeout_ms", timeout_ms, &EXEC_TIMEOUT_MS),
         None => Ok(()),

@@ -8,8 +8,8 @@ mod policy;
 mod view;
 
 pub use create::CreateOrder;
-pub use policy::check_lease_and_wake;
-pub use view::status_counts;
+pub use policy::{PolicyRule, check_lease_and_wake};
+pub use view::{MachineQuery, status_counts};
 
 use super::clock::Clock;
 use super::driver::{self, Command, Entry, Live, Need, PauseOrder, WakeOrder, Woken};
@@ -269,11 +269,30 @@ impl Fleet {
         self.send(id, |reply| Command::Delete(order, reply)).await
     }
 
+    /// The request with the machine's own environment and directory where it names none.
+    ///
+    /// # Errors
+    /// The machine is gone, or the store refuses.
+    pub async fn with_defaults(
+        &self,
+        id: &MachineId,
+        mut request: ExecRequest,
+    ) -> Result<ExecRequest, MachineError> {
+        let row = self.shared.store.machine(id).await?;
+        let row = row.ok_or_else(|| MachineError::not_found(id))?;
+        let mut env = row.env;
+        env.append(&mut request.env);
+        request.env = env;
+        request.cwd = request.cwd.or(row.cwd);
+        Ok(request)
+    }
+
     /// Run a command in the guest, waking it if its policy lets API calls do so.
     ///
     /// # Errors
     /// The wake's and the guest's.
     pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, MachineError> {
+        let request = self.with_defaults(id, request).await?;
         let woken = self
             .wake(id, WakeSource::Api, serde_json::json!({ "operation": "exec" }))
             .await?;

@@ -7,7 +7,7 @@ use crate::machine::hypervisor::MachineSpec;
 use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::BTreeMap;
 use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
-use torpor_api::{LeasePolicy, MachineId, MachineName};
+use torpor_api::{LeasePolicy, MachineId, MachineName, ids::spellings};
 
 /// A machine about to be created.
 #[derive(Debug, Clone)]
@@ -24,6 +24,10 @@ pub struct NewMachine {
     pub services: Vec<ServiceSpec>,
     /// Free key/value pairs of the user.
     pub metadata: BTreeMap<String, String>,
+    /// Environment of its commands, below what a command sets itself.
+    pub env: BTreeMap<String, String>,
+    /// Working directory of commands that name none.
+    pub cwd: Option<String>,
     /// A repeat of the same call answers the same machine.
     pub idempotency: Option<Idempotency>,
     /// Goes to the events table in the same transaction.
@@ -39,6 +43,15 @@ pub struct Idempotency {
     pub body_digest: String,
 }
 
+/// Which machines a list shows.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MachineFilter {
+    /// Made from this template.
+    pub template: Option<String>,
+    /// Having all of these pairs of metadata.
+    pub metadata: BTreeMap<String, String>,
+}
+
 /// What came of an insertion.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Created {
@@ -50,8 +63,8 @@ pub enum Created {
 
 const INSERT_MACHINE: &str = "INSERT INTO machines (id, name, template, template_digest, vcpus, mem_mib, disk_mib, \
      state, lease_seconds, lease_action, lease_mode, wake_http, wake_ssh, wake_tcp, wake_api, metadata, \
-     created_unix_ms, last_used_unix_ms) \
-     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16)";
+     created_unix_ms, last_used_unix_ms, env, cwd) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16, ?17, ?18)";
 
 impl Store {
     /// A new row in state `creating`, with its services and its ID as an alias.
@@ -110,10 +123,17 @@ impl Store {
         let text = text.to_owned();
         self.read("resolve a machine", move |tx| {
             let operation = sql("resolve a machine");
+            // An ID of a façade is spelled like one of ours, or like one of our executions'.
+            let spellings = serde_json::json!(spellings(&text)).to_string();
             tx.prepare_cached(
-                "SELECT machine_id FROM aliases WHERE alias = ?1 UNION ALL SELECT id FROM machines WHERE name = ?1",
+                "SELECT machine_id FROM json_each(?1) AS spelling JOIN aliases ON alias = spelling.value \
+                 UNION ALL SELECT id FROM machines WHERE name = ?2",
             )
-            .and_then(|mut statement| statement.query_row([&text], |row| row.get::<_, String>(0)).optional())
+            .and_then(|mut statement| {
+                statement
+                    .query_row([&spellings, &text], |row| row.get::<_, String>(0))
+                    .optional()
+            })
             .map_err(&operation)?
             .map(|id| parse(&id, "machine_id"))
             .transpose()
@@ -121,11 +141,16 @@ impl Store {
         .await
     }
 
-    /// Machines, oldest first, after this one.
+    /// Machines that the filter lets through, oldest first, after this one.
     ///
     /// # Errors
     /// `after` is no machine, SQLite refuses, or a row cannot be decoded.
-    pub async fn list(&self, after: Option<MachineId>, limit: u32) -> Result<Vec<MachineRow>, StoreError> {
+    pub async fn list(
+        &self,
+        filter: MachineFilter,
+        after: Option<MachineId>,
+        limit: u32,
+    ) -> Result<Vec<MachineRow>, StoreError> {
         self.read("list machines", move |tx| {
             let operation = sql("list machines");
             let after_seq: i64 = match &after {
@@ -138,11 +163,41 @@ impl Store {
                     .map_err(&operation)?
                     .ok_or_else(|| StoreError::NoMachine { id: id.to_string() })?,
             };
+            // Every wanted pair has to be among the machine's own.
             let query = format!(
-                "SELECT {} FROM machines WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+                "SELECT {} FROM machines WHERE seq > ?1 AND (?3 IS NULL OR template = ?3) AND NOT EXISTS \
+                 (SELECT 1 FROM json_each(?4) AS wanted WHERE NOT EXISTS (SELECT 1 FROM json_each(machines.metadata) \
+                 AS own WHERE own.key = wanted.key AND own.value = wanted.value)) ORDER BY seq LIMIT ?2",
                 rows::MACHINE_COLUMNS
             );
-            collect(tx, &query, params![after_seq, limit])
+            let wanted = serde_json::json!(filter.metadata).to_string();
+            collect(tx, &query, params![after_seq, limit, filter.template, wanted])
+        })
+        .await
+    }
+
+    /// Replace the machine's metadata.
+    ///
+    /// # Errors
+    /// The machine is gone, or SQLite refuses.
+    pub async fn set_metadata(
+        &self,
+        id: MachineId,
+        metadata: BTreeMap<String, String>,
+        event: NewEvent,
+    ) -> Result<(), StoreError> {
+        self.write("set metadata", move |tx| {
+            let metadata = serde_json::json!(metadata).to_string();
+            let changed = tx
+                .execute(
+                    "UPDATE machines SET metadata = ?2 WHERE id = ?1",
+                    params![id.as_str(), metadata],
+                )
+                .map_err(sql("set metadata"))?;
+            if changed == 0 {
+                return Err(StoreError::NoMachine { id: id.to_string() });
+            }
+            events::insert(tx, &event)
         })
         .await
     }
@@ -324,6 +379,8 @@ fn insert_machine(connection: &Connection, new: &NewMachine) -> Result<(), Store
             new.wake.api,
             metadata,
             new.event.at_unix_ms,
+            serde_json::json!(new.env).to_string(),
+            new.cwd,
         ],
     );
     match inserted {

@@ -22,6 +22,8 @@ pub struct MachineRow {
     pub generation: u64,
     /// The live execution, as far as it is committed.
     pub execution: Option<ExecutionId>,
+    /// The execution that is live, or was live last.
+    pub last_execution: Option<ExecutionId>,
     /// Generation of its hibernation image; 0 before the first pause.
     pub image_generation: u64,
     /// Lease policy.
@@ -32,6 +34,10 @@ pub struct MachineRow {
     pub wake: WakePolicy,
     /// Free key/value pairs of the user.
     pub metadata: BTreeMap<String, String>,
+    /// Environment of its commands, below what a command sets itself.
+    pub env: BTreeMap<String, String>,
+    /// Working directory of commands that name none.
+    pub cwd: Option<String>,
     /// Exposed services, by name.
     pub services: Vec<ServiceRow>,
     /// Number of completed pauses.
@@ -61,7 +67,8 @@ pub struct ServiceRow {
 
 pub(super) const MACHINE_COLUMNS: &str = "id, name, template, template_digest, vcpus, mem_mib, disk_mib, state, \
      generation, execution_id, image_generation, lease_seconds, lease_action, lease_mode, deadline_unix_ms, \
-     wake_http, wake_ssh, wake_tcp, wake_api, metadata, pauses, wakes, last_error, created_unix_ms, last_used_unix_ms";
+     wake_http, wake_ssh, wake_tcp, wake_api, metadata, pauses, wakes, last_error, created_unix_ms, last_used_unix_ms, \
+     env, cwd, last_execution_id";
 
 /// The machine's row with its services.
 pub(super) fn machine(connection: &Connection, id: &MachineId) -> Result<Option<MachineRow>, StoreError> {
@@ -119,6 +126,7 @@ pub(super) fn decode_machine(row: &Row<'_>) -> Result<MachineRow, StoreError> {
         committed,
         generation: get(row, "generation")?,
         execution: parse_optional(get(row, "execution_id")?, "execution_id")?,
+        last_execution: parse_optional(get(row, "last_execution_id")?, "last_execution_id")?,
         image_generation: get(row, "image_generation")?,
         lease: decode_lease(row)?,
         deadline_unix_ms: get(row, "deadline_unix_ms")?,
@@ -129,6 +137,8 @@ pub(super) fn decode_machine(row: &Row<'_>) -> Result<MachineRow, StoreError> {
             api: get(row, "wake_api")?,
         },
         metadata: decode_json(&get::<String>(row, "metadata")?, "metadata")?,
+        env: decode_json(&get::<String>(row, "env")?, "env")?,
+        cwd: get(row, "cwd")?,
         services: Vec::new(),
         pauses: get(row, "pauses")?,
         wakes: get(row, "wakes")?,

@@ -26,7 +26,7 @@ CREATE TABLE machines (
     last_error       TEXT,
     created_unix_ms  INTEGER NOT NULL,
     last_used_unix_ms INTEGER NOT NULL
-) STRICT;
+, env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT) STRICT;
 
 CREATE INDEX machines_state ON machines (state);
 CREATE INDEX machines_lease_check ON machines (lease_check_unix_ms) WHERE lease_check_unix_ms IS NOT NULL;

@@ -50,6 +50,8 @@ fn new_machine(name: Option<&str>) -> NewMachine {
             kind: ServiceKind::Http,
         }],
         metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
+        env: BTreeMap::from([("E".to_owned(), "1".to_owned())]),
+        cwd: Some("/srv".to_owned()),
         idempotency: None,
     }
 }
@@ -121,6 +123,7 @@ async fn a_row_comes_back_as_it_went_in() {
         (&row.metadata, row.committed),
         (&new.metadata, Committed::Creating)
     );
+    assert_eq!((&row.env, &row.cwd), (&new.env, &new.cwd));
     assert_eq!(row.services[0].listen_port, 20_000);
     assert_eq!(store.resolve("web").await.unwrap(), Some(new.spec.id.clone()));
     assert_eq!(
@@ -266,13 +269,18 @@ async fn lists_and_events_are_paged_in_order() {
         ids.push(new.spec.id.clone());
         store.create_machine(new).await.unwrap();
     }
-    let page = store.list(Some(ids[1].clone()), 2).await.unwrap();
+    let page = store
+        .list(MachineFilter::default(), Some(ids[1].clone()), 2)
+        .await
+        .unwrap();
     assert_eq!(
         page.iter().map(|row| row.spec.id.clone()).collect::<Vec<_>>(),
         ids[2..4]
     );
     assert!(matches!(
-        store.list(Some(MachineId::generate()), 2).await,
+        store
+            .list(MachineFilter::default(), Some(MachineId::generate()), 2)
+            .await,
         Err(StoreError::NoMachine { .. })
     ));
     let filter = |machine, after| EventFilter {
@@ -332,5 +340,83 @@ async fn a_hundred_thousand_paused_rows_cost_nothing_at_the_start() {
             plan.contains("USING") && plan.contains("INDEX"),
             "a query reads every row: {plan}"
         );
+    }
+}
+
+#[tokio::test]
+async fn lists_show_machines_with_all_of_the_wanted_metadata() {
+    let (_directory, store) = store();
+    let mut ids = Vec::new();
+    for text in [
+        r#"{"k":"v","team":"a"}"#,
+        r#"{"k":"v"}"#,
+        r#"{"k":"w","team":"a"}"#,
+    ] {
+        let mut new = new_machine(None);
+        new.metadata = serde_json::from_str(text).unwrap();
+        ids.push(new.spec.id.clone());
+        store.create_machine(new).await.unwrap();
+    }
+    for (template, wanted, found) in [
+        (None, "{}", vec![0, 1, 2]),
+        (None, r#"{"k":"v"}"#, vec![0, 1]),
+        (None, r#"{"k":"v","team":"a"}"#, vec![0]),
+        (None, r#"{"K":"v"}"#, vec![]),
+        (Some("base"), "{}", vec![0, 1, 2]),
+        (Some("other"), "{}", vec![]),
+    ] {
+        let filter = MachineFilter {
+            template: template.map(str::to_owned),
+            metadata: serde_json::from_str(wanted).unwrap(),
+        };
+        let rows = store.list(filter, None, 10).await.unwrap();
+        let shown: Vec<_> = rows.into_iter().map(|row| row.spec.id).collect();
+        let expected: Vec<_> = found.into_iter().map(|index: usize| ids[index].clone()).collect();
+        assert_eq!(shown, expected, "{template:?} {wanted}");
+    }
+    let empty = BTreeMap::new();
+    store
+        .set_metadata(ids[0].clone(), empty, event(&ids[0], "machine.metadata_set"))
+        .await
+        .unwrap();
+    assert!(store.machine(&ids[0]).await.unwrap().unwrap().metadata.is_empty());
+}
+
+#[tokio::test]
+async fn a_machine_answers_to_its_ids_in_other_apis_and_remembers_its_last_execution() {
+    let (_directory, store) = store();
+    let new = new_machine(Some("web"));
+    let id = new.spec.id.clone();
+    store.create_machine(new).await.unwrap();
+    let execution = ExecutionId::generate();
+    let mut step = Transition::new(0, Committed::Running, "api", 1);
+    step.execution = Some(execution.clone());
+    store.commit(id.clone(), step).await.unwrap();
+    let row = store
+        .commit(id.clone(), Transition::new(1, Committed::Paused, "api", 2))
+        .await
+        .unwrap();
+    assert_eq!(
+        (row.execution, row.last_execution.as_ref()),
+        (None, Some(&execution))
+    );
+    let machine = id.as_str().trim_start_matches("mch_");
+    let run = execution.as_str().trim_start_matches("exe_");
+    for text in [
+        format!("morphvm_{machine}"),
+        format!("mch_{run}"),
+        format!("snap_{run}"),
+        id.to_string(),
+        execution.to_string(),
+        "web".to_owned(),
+    ] {
+        assert_eq!(store.resolve(&text).await.unwrap(), Some(id.clone()), "{text}");
+    }
+    for text in [
+        format!("morphvm_{run}"),
+        format!("snap_{machine}"),
+        "morphvm_".to_owned(),
+    ] {
+        assert_eq!(store.resolve(&text).await.unwrap(), None, "{text}");
     }
 }

@@ -143,7 +143,8 @@ fn update_row(connection: &Connection, row: &MachineRow, transition: &Transition
             "UPDATE machines SET state = ?3, generation = generation + 1, execution_id = ?4, \
              image_generation = coalesce(?5, image_generation), deadline_unix_ms = ?6, \
              lease_check_unix_ms = iif(?6 IS deadline_unix_ms, lease_check_unix_ms, ?6), \
-             pauses = pauses + ?7, wakes = wakes + ?8, last_error = ?9, last_used_unix_ms = ?10 \
+             pauses = pauses + ?7, wakes = wakes + ?8, last_error = ?9, last_used_unix_ms = ?10, \
+             last_execution_id = coalesce(?4, last_execution_id) \
              WHERE id = ?1 AND generation = ?2",
         )
         .and_then(|mut statement| {

@@ -1,6 +1,7 @@
 //! A real proxy over real sockets, a real store and a simulated host.
 
 use super::*;
+use crate::machine::fleet::PolicyRule;
 use crate::machine::tests::World;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -122,7 +123,11 @@ async fn a_switch_that_is_off_answers_503_and_nothing_listens_answers_502() {
         http: Some(false),
         ..Default::default()
     };
-    world.fleet.patch_wake(&id, off).await.unwrap();
+    world
+        .fleet
+        .patch_wake(&id, off, PolicyRule::DestroyOrWake)
+        .await
+        .unwrap();
     world.pause(&id).await.unwrap();
     let answer = get(port).await;
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");

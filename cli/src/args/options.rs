@@ -46,6 +46,12 @@ pub(crate) struct Create {
     /// Free key and value; may be repeated
     #[arg(long = "meta", value_name = "KEY=VALUE", value_parser = parse::pair)]
     pub(crate) metadata: Vec<(String, String)>,
+    /// Environment variable of its commands; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Working directory of its commands [template's default: /workspace]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) cwd: Option<String>,
 }
 
 #[derive(Debug, Args)]

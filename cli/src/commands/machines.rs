@@ -39,6 +39,8 @@ fn body_of(create: Create) -> CreateMachine {
         wake: wake_policy(&create.no_wake),
         services,
         metadata: map_of(&create.metadata),
+        env: map_of(&create.env),
+        cwd: create.cwd,
     }
 }
 

@@ -109,6 +109,8 @@ impl Fleet {
             wake: body.wake.unwrap_or(default),
             services: body.services.clone(),
             metadata: body.metadata.clone(),
+            env: body.env.clone(),
+            cwd: body.cwd.clone(),
             idempotency: order.idempotency.clone(),
         })
     }

@@ -4,8 +4,27 @@ use super::super::error::MachineError;
 use super::Fleet;
 use crate::store::{MachineRow, ServiceRoute, ServiceRow, StoreError};
 use serde_json::json;
+use std::collections::BTreeMap;
 use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
 use torpor_api::{ErrorCode, LeaseAction, LeasePolicy, MachineId};
+
+/// Which combinations of lease and wake switches an API lets its users have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PolicyRule {
+    /// A lease that destroys goes with no wake switch.
+    DestroyOrWake,
+    /// Any: a wake switch matters until the lease destroys.
+    Any,
+}
+
+impl PolicyRule {
+    fn check(self) -> fn(&MachineRow) -> Result<(), StoreError> {
+        match self {
+            Self::DestroyOrWake => check_row,
+            Self::Any => |_| Ok(()),
+        }
+    }
+}
 
 /// A machine that destroys itself cannot be woken: an alias that routes to it would lead nowhere.
 ///
@@ -32,11 +51,16 @@ impl Fleet {
     ///
     /// # Errors
     /// The lease does not go with the wake switches, or the store refuses.
-    pub async fn set_lease(&self, id: &MachineId, lease: Option<LeasePolicy>) -> Result<(), MachineError> {
+    pub async fn set_lease(
+        &self,
+        id: &MachineId,
+        lease: Option<LeasePolicy>,
+        rule: PolicyRule,
+    ) -> Result<(), MachineError> {
         let event = self.event(id, "machine.lease_set", "api", json!({ "lease": lease }));
         self.shared
             .store
-            .set_lease(id.clone(), lease, event, check_row)
+            .set_lease(id.clone(), lease, event, rule.check())
             .await?;
         self.shared.leases_changed.notify_one();
         Ok(())
@@ -46,11 +70,33 @@ impl Fleet {
     ///
     /// # Errors
     /// They do not go with the lease, or the store refuses.
-    pub async fn patch_wake(&self, id: &MachineId, patch: PatchWake) -> Result<(), MachineError> {
+    pub async fn patch_wake(
+        &self,
+        id: &MachineId,
+        patch: PatchWake,
+        rule: PolicyRule,
+    ) -> Result<(), MachineError> {
         let event = self.event(id, "machine.wake_changed", "api", json!({ "wake": patch }));
         self.shared
             .store
-            .patch_wake(id.clone(), patch, event, check_row)
+            .patch_wake(id.clone(), patch, event, rule.check())
+            .await?;
+        Ok(())
+    }
+
+    /// Replace the machine's metadata.
+    ///
+    /// # Errors
+    /// The machine is gone, or the store refuses.
+    pub async fn set_metadata(
+        &self,
+        id: &MachineId,
+        metadata: BTreeMap<String, String>,
+    ) -> Result<(), MachineError> {
+        let event = self.event(id, "machine.metadata_set", "api", json!({ "metadata": metadata }));
+        self.shared
+            .store
+            .set_metadata(id.clone(), metadata, event)
             .await?;
         Ok(())
     }

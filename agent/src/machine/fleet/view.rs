@@ -5,7 +5,7 @@ use super::super::error::MachineError;
 use super::super::registry::Handle;
 use super::super::state::Committed;
 use super::{Fleet, status_of};
-use crate::store::{MachineRow, ServiceRow};
+use crate::store::{MachineFilter, MachineRow, ServiceRow};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use torpor_api::http::{Machine, MachineStatus, Service, ServiceKind};
@@ -13,6 +13,21 @@ use torpor_api::{Lease, LeaseMode, MachineId};
 
 /// A read waits this long for the row to follow the machine, and shows what there is after it.
 const LONGEST_COMMIT: Duration = Duration::from_secs(2);
+
+/// Which machines are asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MachineQuery {
+    /// By what is stored of them.
+    pub filter: MachineFilter,
+    /// By what they are doing; anything if empty.
+    pub statuses: Vec<MachineStatus>,
+}
+
+impl MachineQuery {
+    fn shows(&self, status: MachineStatus) -> bool {
+        self.statuses.is_empty() || self.statuses.contains(&status)
+    }
+}
 
 impl Fleet {
     /// The machine as it is now.
@@ -35,20 +50,35 @@ impl Fleet {
         Ok(self.show(row, handle.as_ref()))
     }
 
-    /// A page of machines, oldest first.
+    /// A page of the machines that the query asks for, oldest first.
     ///
     /// # Errors
     /// `after` is no machine, or the store refuses.
-    pub async fn list(&self, after: Option<MachineId>, limit: u32) -> Result<Vec<Machine>, MachineError> {
+    pub async fn list(
+        &self,
+        query: &MachineQuery,
+        after: Option<MachineId>,
+        limit: u32,
+    ) -> Result<Vec<Machine>, MachineError> {
         let handles: BTreeMap<MachineId, Handle> = self.shared.registry.all().into_iter().collect();
-        let rows = self.shared.store.list(after, limit).await?;
-        Ok(rows
-            .into_iter()
-            .map(|row| {
+        let wanted = usize::try_from(limit).unwrap_or(usize::MAX);
+        let (mut after, mut machines) = (after, Vec::new());
+        // What drivers show is not in the store, so a page there can hold less than a page here.
+        loop {
+            let filter = query.filter.clone();
+            let rows = self.shared.store.list(filter, after, limit).await?;
+            let last_page = rows.len() < wanted;
+            after = rows.last().map(|row| row.spec.id.clone());
+            let shown = rows.into_iter().map(|row| {
                 let handle = handles.get(&row.spec.id);
                 self.show(row, handle)
-            })
-            .collect())
+            });
+            machines.extend(shown.filter(|machine| query.shows(machine.status)));
+            if last_page || machines.len() >= wanted {
+                machines.truncate(wanted);
+                return Ok(machines);
+            }
+        }
     }
 
     /// A service as users see it.
@@ -78,6 +108,7 @@ impl Fleet {
             status,
             lease: self.show_lease(&row, handle, awake),
             execution_id: row.execution.filter(|_| awake),
+            last_execution_id: row.last_execution,
             last_error: live.and_then(|live| live.last_error).or(row.last_error),
             services: row
                 .services
@@ -93,6 +124,8 @@ impl Fleet {
             created_unix_ms: row.created_unix_ms,
             wake: row.wake,
             metadata: row.metadata,
+            env: row.env,
+            cwd: row.cwd,
             pauses: row.pauses,
             wakes: row.wakes,
         }

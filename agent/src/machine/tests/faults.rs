@@ -1,5 +1,6 @@
 //! Injected faults: nothing is lost, and the cause is told.
 
+use super::super::fleet::MachineQuery;
 use super::super::simulated::{Fault, Point};
 use super::*;
 use torpor_api::ErrorCode;
@@ -186,7 +187,14 @@ async fn a_create_that_fails_leaves_nothing() {
     let body = serde_json::json!({ "name": "half", "services": [{ "port": 80 }] });
     let error = world.create_from(body.clone()).await.unwrap_err();
     assert_eq!(error.code, ErrorCode::BootFailed);
-    assert!(world.fleet.list(None, 10).await.unwrap().is_empty());
+    assert!(
+        world
+            .fleet
+            .list(&MachineQuery::default(), None, 10)
+            .await
+            .unwrap()
+            .is_empty()
+    );
     assert!(world.host.machines_with_files().is_empty());
     assert!(world.fleet.routes().find(20_000).is_none());
     world.create_from(body).await.expect("the name is free again");

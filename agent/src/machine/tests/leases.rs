@@ -1,6 +1,7 @@
 //! Leases under a clock that stands still until it is moved.
 
 use super::super::clock::Clock;
+use super::super::fleet::PolicyRule;
 use super::super::leases::{self, RETRY};
 use super::super::simulated::{Fault, Point};
 use super::*;
@@ -62,7 +63,11 @@ async fn a_lease_that_is_moved_before_the_pause_commits_is_not_carried_out() {
     pass(&world, MINUTE).await;
     hold.arrived().await;
     let longer = serde_json::from_value(serde_json::json!({ "seconds": 600, "action": "pause" })).unwrap();
-    world.fleet.set_lease(&id, Some(longer)).await.unwrap();
+    world
+        .fleet
+        .set_lease(&id, Some(longer), PolicyRule::DestroyOrWake)
+        .await
+        .unwrap();
     hold.release();
     world.reaches(&id, MachineStatus::Running).await;
     assert_eq!(world.view(&id).await.lease.unwrap().remaining_ms, Some(600_000));

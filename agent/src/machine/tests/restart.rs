@@ -113,6 +113,8 @@ async fn a_machine_that_was_being_created_is_rolled_back() {
         wake: torpor_api::http::WakePolicy::default(),
         services: Vec::new(),
         metadata: std::collections::BTreeMap::new(),
+        env: std::collections::BTreeMap::new(),
+        cwd: None,
         idempotency: None,
         event,
     };
