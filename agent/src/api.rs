@@ -4,6 +4,8 @@
 //! failure, whoever finds it, leaves through [`error`], and gets its request ID in [`request_id`]. Every field is
 //! checked against [`torpor_api::limits`] in [`validate`] before the fleet sees it. Reads never wake.
 //!
+//! [`morph`] and [`nullspace`] serve the same fleet in the words of two public SDKs, each on a listener of its own.
+//!
 //! Not its job: what an operation does.
 
 mod auth;
@@ -11,9 +13,12 @@ mod error;
 mod events;
 mod exec;
 mod extract;
+mod facade;
 mod host;
 mod lease;
 mod machines;
+pub mod morph;
+pub mod nullspace;
 mod request_id;
 mod serve;
 mod services;
@@ -26,17 +31,21 @@ use crate::machine::fleet::Fleet;
 use axum::Router;
 use axum::middleware;
 use axum::routing::{delete, get, patch, post, put};
+use facade::stamped;
+
+/// Whether torpord is up is no secret, and a probe has no token.
+const OPEN: &[&str] = &["/v1/healthz"];
 
 /// The API without authentication, for the unix socket.
 pub fn router(fleet: Fleet) -> Router {
-    routes(fleet).layer(middleware::from_fn(request_id::stamp))
+    stamped(routes(fleet), request_id::native)
 }
 
 /// The API behind a bearer token, for TCP.
 pub fn router_with_token(fleet: Fleet, token: Token) -> Router {
-    routes(fleet)
-        .layer(middleware::from_fn_with_state(token, auth::require))
-        .layer(middleware::from_fn(request_id::stamp))
+    let lock = auth::Lock { token, open: OPEN };
+    let locked = routes(fleet).layer(middleware::from_fn_with_state(lock, auth::require));
+    stamped(locked, request_id::native)
 }
 
 fn routes(fleet: Fleet) -> Router {

@@ -69,8 +69,24 @@ pub struct ApiConfig {
     /// Address of the TCP listener; `""` for none.
     #[serde(deserialize_with = "optional_address")]
     pub tcp_listen: Option<SocketAddr>,
-    /// File with the bearer token of the TCP listener.
+    /// Address of the listener for the `morphcloud` SDK; `""` for none.
+    #[serde(deserialize_with = "optional_address")]
+    pub morph_listen: Option<SocketAddr>,
+    /// Address of the listener for the `nullspace-sdk`; `""` for none.
+    #[serde(deserialize_with = "optional_address")]
+    pub nullspace_listen: Option<SocketAddr>,
+    /// File with the bearer token of the TCP listeners.
     pub token_file: PathBuf,
+}
+
+impl ApiConfig {
+    /// Something is served over TCP, so there has to be a token.
+    #[must_use]
+    pub fn needs_token(&self) -> bool {
+        [self.tcp_listen, self.morph_listen, self.nullspace_listen]
+            .iter()
+            .any(Option::is_some)
+    }
 }
 
 /// `[proxy]`.
@@ -126,6 +142,8 @@ impl Default for ApiConfig {
         Self {
             unix_socket: "/run/torpor/api.sock".into(),
             tcp_listen: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7070)),
+            morph_listen: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7071)),
+            nullspace_listen: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 7072)),
             token_file: "/etc/torpor/token".into(),
         }
     }

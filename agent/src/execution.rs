@@ -15,7 +15,7 @@
 mod adopt;
 mod blank;
 mod claim;
-mod command;
+pub mod command;
 mod live;
 pub mod process;
 pub mod record;

@@ -93,8 +93,8 @@ async fn run(config: &Config) -> Result<()> {
     let _lock = lock(&config.state_dir)?;
     let token = config
         .api
-        .tcp_listen
-        .map(|_| Token::read(&config.api.token_file))
+        .needs_token()
+        .then(|| Token::read(&config.api.token_file))
         .transpose()?;
     let store = Store::open(&config.state_dir.join("torpor.db"))?;
     let platform = Platform::start(config.platform()).await?;
@@ -164,9 +164,25 @@ async fn serve(
         api::router(fleet.clone()),
         ended.clone().cancelled_owned(),
     ));
-    if let (Some(address), Some(token)) = (config.api.tcp_listen, token) {
-        let router = api::router_with_token(fleet.clone(), token);
-        api::serve_tcp(address, router, ended.clone().cancelled_owned()).await?;
+    let Some(token) = token else { return Ok(()) };
+    let served = [
+        (
+            config.api.tcp_listen,
+            api::router_with_token(fleet.clone(), token.clone()),
+        ),
+        (
+            config.api.morph_listen,
+            api::morph::router(fleet.clone(), token.clone()),
+        ),
+        (
+            config.api.nullspace_listen,
+            api::nullspace::router(fleet.clone(), token),
+        ),
+    ];
+    for (address, router) in served {
+        if let Some(address) = address {
+            api::serve_tcp(address, router, ended.clone().cancelled_owned()).await?;
+        }
     }
     Ok(())
 }

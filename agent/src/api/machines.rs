@@ -103,7 +103,7 @@ pub(super) async fn create(
     Ok((StatusCode::CREATED, Json(machine)))
 }
 
-fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Idempotency>, Failure> {
+pub(super) fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Idempotency>, Failure> {
     let Some(key) = headers.get("idempotency-key") else {
         return Ok(None);
     };

@@ -12,10 +12,10 @@ use crate::machine::hypervisor::HypervisorError;
 const DEFAULT_TIMEOUT_MS: u64 = 30_000;
 
 /// Run a validated request.
-pub(super) async fn run(
-    guest: &GuestClient,
-    mut request: ExecRequest,
-) -> Result<ExecResult, HypervisorError> {
+///
+/// # Errors
+/// `exec_failed`, `exec_timeout`, `guest_unreachable`.
+pub async fn run(guest: &GuestClient, mut request: ExecRequest) -> Result<ExecResult, HypervisorError> {
     let stdin = request.stdin.take().map(bytes::Bytes::from);
     let output = guest.exec(exec_spec(request), stdin).await;
     exec_result(output.map_err(guest_failed)?)

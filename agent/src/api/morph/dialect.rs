@@ -1,0 +1,29 @@
+//! Errors and IDs in Morph's words.
+
+use serde_json::{Value, json};
+use torpor_api::{ApiError, ErrorCode, MachineId};
+
+/// The SDK reads `detail` and `error_code` if they are texts, and shows the whole body otherwise.
+pub(super) fn shape(error: ApiError) -> (u16, Value) {
+    let (status, code) = match error.code {
+        // A call that needs the guest of a sleeping instance conflicts with its state; nothing is unavailable.
+        ErrorCode::AutoResumeDisabled => (409, "instance_paused"),
+        ErrorCode::MachineNotFound => (404, "instance_not_found"),
+        code => (code.status(), code.as_str()),
+    };
+    let body = json!({
+        "detail": error.error,
+        "error_code": code,
+        "code": code,
+        "retryable": error.retryable,
+        "suggested_action": error.suggested_action,
+        "request_id": error.request_id,
+    });
+    (status, body)
+}
+
+/// An instance keeps this ID for life.
+pub(super) fn instance_id(id: &MachineId) -> String {
+    let random = id.as_str().trim_start_matches("mch_");
+    format!("morphvm_{random}")
+}

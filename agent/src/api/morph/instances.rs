@@ -1,0 +1,183 @@
+//! `/instance`: started, listed, shown, paused, resumed, stopped.
+
+use super::super::error::Failure;
+use super::super::extract::{Named, OptionalJson, Query};
+use super::super::machines::to_the_end;
+use super::super::validate;
+use super::images;
+use super::model::Instance;
+use super::policy::{Ttl, TtlAction};
+use crate::machine::driver::PauseOrder;
+use crate::machine::fleet::{CreateOrder, Fleet, MachineQuery};
+use crate::store::MachineFilter;
+use axum::Json;
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use torpor_api::http::{CreateMachine, Machine, MachineStatus, ResumeFrom, WakePolicy};
+
+/// A whole list is read in pages of this size.
+const PAGE: u32 = 1000;
+/// What an instance has that is started from an image and not from a snapshot, which has a shape.
+const DEFAULT_VCPUS: u8 = 1;
+const DEFAULT_MEMORY_MIB: u32 = 512;
+
+/// Body of a start. The SDK sends every key, `null` where nothing was said.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Start {
+    snapshot_id: Option<String>,
+    metadata: Option<BTreeMap<String, String>>,
+    ttl_seconds: Option<u64>,
+    ttl_action: Option<TtlAction>,
+}
+
+/// Keys and values of a query, several of which begin with `metadata[`.
+pub(super) type Pairs = Vec<(String, String)>;
+
+#[derive(Serialize)]
+pub(super) struct List {
+    data: Vec<Instance>,
+}
+
+/// `metadata[k]=v` and what else there is.
+pub(super) fn metadata_of(pairs: &Pairs) -> BTreeMap<String, String> {
+    let named = pairs.iter().filter_map(|(key, value)| {
+        let key = key.strip_prefix("metadata[")?.strip_suffix(']')?;
+        Some((key.to_owned(), value.clone()))
+    });
+    named.collect()
+}
+
+/// The value of a key that is a number.
+pub(super) fn number(pairs: &Pairs, key: &str, default: usize) -> Result<usize, Failure> {
+    let Some((_, text)) = pairs.iter().find(|(name, _)| name == key) else {
+        return Ok(default);
+    };
+    match text.parse() {
+        Ok(number) if (1..=100_000).contains(&number) => Ok(number),
+        Ok(_) | Err(_) => Err(Failure::invalid(format!(
+            "{key} is not a number from 1 to 100000"
+        ))),
+    }
+}
+
+async fn all(fleet: &Fleet, pairs: &Pairs) -> Result<Vec<Instance>, Failure> {
+    let query = MachineQuery {
+        filter: MachineFilter {
+            template: None,
+            metadata: metadata_of(pairs),
+        },
+        statuses: vec![
+            MachineStatus::Starting,
+            MachineStatus::Running,
+            MachineStatus::Pausing,
+            MachineStatus::Paused,
+            MachineStatus::Waking,
+            MachineStatus::Stopped,
+        ],
+    };
+    let (mut after, mut instances) = (None, Vec::new());
+    loop {
+        let page: Vec<Machine> = fleet.list(&query, after, PAGE).await?;
+        after = page.last().map(|machine| machine.id.clone());
+        let last = page.len() < usize::try_from(PAGE).unwrap_or(usize::MAX);
+        instances.extend(page.into_iter().map(Instance::from));
+        if last {
+            return Ok(instances);
+        }
+    }
+}
+
+pub(super) async fn list(
+    State(fleet): State<Fleet>,
+    Query(pairs): Query<Pairs>,
+) -> Result<Json<List>, Failure> {
+    let data = all(&fleet, &pairs).await?;
+    Ok(Json(List { data }))
+}
+
+pub(super) async fn list_pages(
+    State(fleet): State<Fleet>,
+    Query(pairs): Query<Pairs>,
+) -> Result<Json<Value>, Failure> {
+    let instances = all(&fleet, &pairs).await?;
+    page("instances", instances, &pairs).map(Json)
+}
+
+/// One page of a list, with where it stands among the others.
+pub(super) fn page<T: Serialize>(key: &str, items: Vec<T>, pairs: &Pairs) -> Result<Value, Failure> {
+    let (page, size) = (number(pairs, "page", 1)?, number(pairs, "limit", 50)?);
+    let total = items.len();
+    let n_pages = total.div_ceil(size);
+    let shown: Vec<T> = items.into_iter().skip((page - 1) * size).take(size).collect();
+    Ok(json!({
+        key: shown,
+        "total": total,
+        "page": page,
+        "size": size,
+        "total_pages": n_pages,
+        "has_next": page < n_pages,
+        "has_prev": page > 1,
+    }))
+}
+
+pub(super) async fn start(
+    State(fleet): State<Fleet>,
+    Query(pairs): Query<Pairs>,
+    OptionalJson(body): OptionalJson<Start>,
+) -> Result<(StatusCode, Json<Instance>), Failure> {
+    let in_query = pairs.iter().find(|(key, _)| key == "snapshot_id");
+    let source = body
+        .snapshot_id
+        .or_else(|| in_query.map(|(_, value)| value.clone()));
+    let Some(source) = source.filter(|source| !source.is_empty()) else {
+        return Err(Failure::invalid("snapshot_id is missing"));
+    };
+    let ttl = Ttl::new(body.ttl_seconds, body.ttl_action);
+    let create = CreateMachine {
+        name: None,
+        template: images::template(&fleet, &source).await?,
+        vcpus: DEFAULT_VCPUS,
+        mem_mib: DEFAULT_MEMORY_MIB,
+        disk_mib: None,
+        lease: ttl.lease(None)?,
+        wake: Some(WakePolicy::OFF),
+        services: Vec::new(),
+        metadata: body.metadata.unwrap_or_default(),
+        env: BTreeMap::new(),
+        cwd: None,
+    };
+    validate::create(&create)?;
+    let machine = to_the_end(async move {
+        let order = CreateOrder {
+            body: create,
+            idempotency: None,
+        };
+        let id = fleet.create(order).await?;
+        Ok(fleet.view(&id).await?)
+    })
+    .await?;
+    Ok((StatusCode::CREATED, Json(machine.into())))
+}
+
+pub(super) async fn show(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Instance>, Failure> {
+    Ok(Json(fleet.view(&id).await?.into()))
+}
+
+pub(super) async fn stop(State(fleet): State<Fleet>, Named(id): Named) -> Result<StatusCode, Failure> {
+    fleet.delete(&id, PauseOrder::by("api")).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn pause(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Instance>, Failure> {
+    fleet.pause(&id, PauseOrder::by("api")).await?;
+    Ok(Json(fleet.view(&id).await?.into()))
+}
+
+pub(super) async fn resume(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Instance>, Failure> {
+    fleet.resume(&id, ResumeFrom::Memory).await?;
+    Ok(Json(fleet.view(&id).await?.into()))
+}

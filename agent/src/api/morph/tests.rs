@@ -1,0 +1,241 @@
+//! The Morph API over a real store, real drivers and a simulated host.
+
+use super::*;
+use crate::api::tests::{Answer, send};
+use crate::machine::tests::World;
+use axum::http::StatusCode;
+use serde_json::{Value, json};
+
+const KEY: &str = "Bearer secret";
+
+fn served(world: &World) -> Router {
+    let path = world.directory.path().join("token");
+    std::fs::write(&path, "secret").unwrap();
+    router(world.fleet.clone(), Token::read(&path).unwrap())
+}
+
+/// As the SDK sends it: always a JSON content type, with or without a body.
+async fn call(router: &Router, method: &str, path: &str, body: Value) -> Answer {
+    let body = if body.is_null() {
+        String::new()
+    } else {
+        body.to_string()
+    };
+    let headers = [("authorization", KEY), ("content-type", "application/json")];
+    send(router, method, path, body, &headers).await
+}
+
+async fn started(router: &Router, body: Value) -> Value {
+    let answer = call(router, "POST", "/instance?snapshot_id=morphvm-minimal", body).await;
+    assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.body);
+    answer.body
+}
+
+fn nothing_said() -> Value {
+    json!({ "metadata": null, "ttl_seconds": null, "ttl_action": null })
+}
+
+#[tokio::test]
+async fn an_instance_keeps_one_id_for_life() {
+    let world = World::new();
+    let router = served(&world);
+    let body = json!({ "metadata": { "a": "b" }, "ttl_seconds": 900, "ttl_action": "pause" });
+    let instance = started(&router, body).await;
+    let id = instance["id"].as_str().unwrap().to_owned();
+    assert!(id.starts_with("morphvm_"), "{id}");
+    assert_eq!(
+        (
+            &instance["status"],
+            &instance["ttl"]["ttl_action"],
+            &instance["ttl"]["ttl_seconds"]
+        ),
+        (&json!("ready"), &json!("pause"), &json!(900))
+    );
+    assert_eq!(
+        instance["wake_on"],
+        json!({ "wake_on_ssh": false, "wake_on_http": false })
+    );
+    assert_eq!(instance["metadata"], json!({ "a": "b" }));
+    let path = format!("/instance/{id}");
+    for (action, status) in [
+        ("pause", "paused"),
+        ("pause", "paused"),
+        ("resume", "ready"),
+        ("resume", "ready"),
+    ] {
+        let answer = call(&router, "POST", &format!("{path}/{action}"), Value::Null).await;
+        assert_eq!(answer.status, StatusCode::OK, "{action}: {}", answer.body);
+        let shown = call(&router, "GET", &path, Value::Null).await.body;
+        assert_eq!(
+            (&shown["id"], &shown["status"]),
+            (&json!(id), &json!(status)),
+            "{action}"
+        );
+    }
+    for base in ["/api", "/api/", "//", "/instances/.."] {
+        let path = format!("{base}/instance/{id}").replace("/instances/../instance", "/instances");
+        assert_eq!(
+            call(&router, "GET", &path, Value::Null).await.body["id"],
+            json!(id),
+            "{path}"
+        );
+    }
+    let gone = call(&router, "DELETE", &path, Value::Null).await;
+    assert_eq!(gone.status, StatusCode::NO_CONTENT);
+    let shown = call(&router, "GET", &path, Value::Null).await;
+    assert_eq!(
+        (shown.status, &shown.body["error_code"]),
+        (StatusCode::NOT_FOUND, &json!("instance_not_found"))
+    );
+    assert!(shown.body["detail"].is_string());
+}
+
+#[tokio::test]
+async fn policies_change_in_part_and_in_any_state() {
+    let world = World::new();
+    let router = served(&world);
+    let instance = started(&router, nothing_said()).await;
+    let path = format!("/instance/{}", instance["id"].as_str().unwrap());
+    assert_eq!(instance["ttl"]["ttl_seconds"], Value::Null);
+    call(&router, "POST", &format!("{path}/pause"), Value::Null).await;
+    for (route, body, pointer, value) in [
+        (
+            "wake-on",
+            json!({ "wake_on_http": true }),
+            "/wake_on/wake_on_http",
+            json!(true),
+        ),
+        (
+            "wake-on",
+            json!({ "wake_on_ssh": true }),
+            "/wake_on/wake_on_http",
+            json!(true),
+        ),
+        (
+            "ttl",
+            json!({ "ttl_seconds": 60 }),
+            "/ttl/ttl_action",
+            json!("stop"),
+        ),
+        (
+            "ttl",
+            json!({ "ttl_seconds": 60, "ttl_action": "pause" }),
+            "/ttl/ttl_action",
+            json!("pause"),
+        ),
+        (
+            "ttl",
+            json!({ "ttl_seconds": 70 }),
+            "/ttl/ttl_action",
+            json!("pause"),
+        ),
+        (
+            "ttl",
+            json!({ "ttl_seconds": null }),
+            "/ttl/ttl_seconds",
+            Value::Null,
+        ),
+        ("metadata", json!({ "x": "y" }), "/metadata/x", json!("y")),
+        (
+            "http",
+            json!({ "name": "agent", "port": 8080 }),
+            "/networking/http_services/0/port",
+            json!(8080),
+        ),
+        (
+            "http",
+            json!({ "name": "agent", "port": 8081 }),
+            "/networking/http_services/0/port",
+            json!(8081),
+        ),
+    ] {
+        let answer = call(&router, "POST", &format!("{path}/{route}"), body.clone()).await;
+        assert_eq!(answer.status, StatusCode::OK, "{route} {body}: {}", answer.body);
+        let shown = call(&router, "GET", &path, Value::Null).await.body;
+        assert_eq!(shown.pointer(pointer), Some(&value), "{route} {body}: {shown}");
+        assert_eq!(shown["status"], "paused", "{route} {body}");
+    }
+    call(&router, "DELETE", &format!("{path}/http/agent"), Value::Null).await;
+    let shown = call(&router, "GET", &path, Value::Null).await.body;
+    assert_eq!(shown["networking"]["http_services"], json!([]));
+}
+
+#[tokio::test]
+async fn exec_wakes_when_ssh_does_and_conflicts_otherwise() {
+    let world = World::new();
+    let router = served(&world);
+    let instance = started(&router, nothing_said()).await;
+    let path = format!("/instance/{}", instance["id"].as_str().unwrap());
+    let count = || json!({ "command": ["count", "x"] });
+    let done = call(&router, "POST", &format!("{path}/exec"), count()).await.body;
+    assert_eq!(done, json!({ "exit_code": 0, "stdout": "1", "stderr": "" }));
+    call(&router, "POST", &format!("{path}/pause"), Value::Null).await;
+    let refused = call(&router, "POST", &format!("{path}/exec"), count()).await;
+    assert_eq!(
+        (refused.status, &refused.body["code"]),
+        (StatusCode::CONFLICT, &json!("instance_paused"))
+    );
+    call(
+        &router,
+        "POST",
+        &format!("{path}/wake-on"),
+        json!({ "wake_on_ssh": true }),
+    )
+    .await;
+    let done = call(&router, "POST", &format!("{path}/exec"), count()).await.body;
+    assert_eq!(done["stdout"], "2");
+}
+
+#[tokio::test]
+async fn lists_are_narrowed_and_paged() {
+    let world = World::new();
+    let router = served(&world);
+    for team in ["a", "b", "a"] {
+        let mut body = nothing_said();
+        body["metadata"] = json!({ "team": team });
+        started(&router, body).await;
+    }
+    let all = call(&router, "GET", "/instance", Value::Null).await.body;
+    assert_eq!(all["data"].as_array().unwrap().len(), 3);
+    let some = call(&router, "GET", "/instance?metadata%5Bteam%5D=a", Value::Null)
+        .await
+        .body;
+    assert_eq!(some["data"].as_array().unwrap().len(), 2);
+    let page = call(&router, "GET", "/instance/list?page=2&limit=2", Value::Null)
+        .await
+        .body;
+    assert_eq!(
+        (
+            &page["total"],
+            &page["total_pages"],
+            &page["has_next"],
+            &page["has_prev"]
+        ),
+        (&json!(3), &json!(2), &json!(false), &json!(true))
+    );
+    assert_eq!(page["instances"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn what_is_not_built_says_so_and_a_wrong_key_is_refused() {
+    let world = World::new();
+    let router = served(&world);
+    for (method, path) in UNBUILT {
+        let answer = call(&router, method, &path.replace(['{', '}'], ""), Value::Null).await;
+        assert_eq!(
+            (answer.status, &answer.body["error_code"]),
+            (StatusCode::NOT_IMPLEMENTED, &json!("not_implemented")),
+            "{method} {path}"
+        );
+    }
+    for key in ["Bearer wrong", "secret", ""] {
+        let answer = send(&router, "GET", "/instance", "", &[("authorization", key)]).await;
+        assert_eq!(
+            (answer.status, &answer.body["error_code"]),
+            (StatusCode::UNAUTHORIZED, &json!("unauthorized")),
+            "{key}"
+        );
+    }
+    let missing = call(&router, "POST", "/instance?snapshot_id=nope", nothing_said()).await;
+    assert_eq!(missing.status, StatusCode::NOT_FOUND, "{}", missing.body);
+}

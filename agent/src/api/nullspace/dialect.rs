@@ -1,0 +1,41 @@
+//! Errors and IDs in Nullspace's words. The SDK picks the class of an exception by the code alone.
+
+use serde_json::{Value, json};
+use torpor_api::http::Machine;
+use torpor_api::{ApiError, ErrorCode, ExecutionId};
+
+pub(super) fn shape(error: ApiError) -> (u16, Value) {
+    let (status, code) = match error.code {
+        // A call that needs the guest of a sleeping machine conflicts with its state; nothing is unavailable.
+        ErrorCode::AutoResumeDisabled => (409, "machine_not_ready"),
+        ErrorCode::AutoResumeNeedsPause => (400, "invalid_request"),
+        ErrorCode::RouteNotFound => (404, "not_found"),
+        code => (code.status(), code.as_str()),
+    };
+    let body = json!({
+        "error": error.error,
+        "code": code,
+        "retryable": error.retryable,
+        "suggested_action": error.suggested_action,
+        "request_id": error.request_id,
+    });
+    (status, body)
+}
+
+fn random_of(execution: &ExecutionId) -> &str {
+    execution.as_str().trim_start_matches("exe_")
+}
+
+/// The ID under which a machine goes since its latest start or resume.
+pub(super) fn machine_id(machine: &Machine) -> String {
+    match &machine.last_execution_id {
+        Some(execution) => format!("mch_{}", random_of(execution)),
+        None => machine.id.to_string(),
+    }
+}
+
+/// The ID of what a machine holds while it is paused.
+pub(super) fn pause_snapshot_id(machine: &Machine) -> Option<String> {
+    let execution = machine.last_execution_id.as_ref()?;
+    Some(format!("snap_{}", random_of(execution)))
+}
