@@ -67,6 +67,7 @@ fn routes(fleet: Fleet) -> Router {
         .route("/v1/machines/{id}/events", get(events::of_machine))
         .route("/v1/events", get(events::of_host))
         .route("/v1/templates", get(host::templates))
+        .route("/v1/endpoints", get(host::endpoints))
         .route("/v1/healthz", get(host::health))
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)

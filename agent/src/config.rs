@@ -6,6 +6,7 @@ use serde::Deserialize;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
+use torpor_api::http::Endpoints;
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -247,6 +248,17 @@ impl Config {
         }
     }
 
+    fn endpoints(&self) -> Endpoints {
+        let url = |address: SocketAddr| format!("http://{}:{}", host(address.ip()), address.port());
+        Endpoints {
+            native: self.api.tcp_listen.map(url),
+            morph: self.api.morph_listen.map(url),
+            nullspace: self.api.nullspace_listen.map(url),
+            ssh: None,
+            token_file: self.api.token_file.clone(),
+        }
+    }
+
     /// The part for the fleet.
     #[must_use]
     pub fn fleet(&self) -> Settings {
@@ -255,13 +267,14 @@ impl Config {
             wake_timeout: Duration::from_secs(self.limits.wake_timeout_s),
             drain_grace: Duration::from_millis(self.limits.drain_grace_ms),
             max_running_mem_mib: self.limits.max_running_mem_mib.unwrap_or_else(host_mib),
-            service_host: service_host(self.proxy.listen_ip),
+            service_host: host(self.proxy.listen_ip),
+            endpoints: self.endpoints(),
         }
     }
 }
 
 /// What clients on this host write into a URL.
-fn service_host(listen_ip: IpAddr) -> String {
+fn host(listen_ip: IpAddr) -> String {
     match listen_ip {
         address if address.is_unspecified() => "127.0.0.1".to_owned(),
         IpAddr::V4(address) => address.to_string(),

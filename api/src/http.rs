@@ -5,6 +5,10 @@ use crate::lease::{Lease, LeasePolicy};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+mod endpoints;
+
+pub use endpoints::{Endpoints, SshEndpoint};
+
 /// What a user sees of a machine's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

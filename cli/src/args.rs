@@ -79,6 +79,14 @@ pub(crate) enum Format {
     Json,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Sdk {
+    /// `morphcloud` from PyPI
+    Morph,
+    /// `nullspace-sdk` from PyPI
+    Nullspace,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Make a machine and boot it
@@ -167,6 +175,17 @@ Examples:
     /// Ask torpord how it is
     #[command(after_help = "Examples:\n  torpor status")]
     Status,
+    /// Print what points an SDK at this host, for eval
+    #[command(after_help = "\
+Examples:
+  eval \"$(torpor env morph)\"        # then: python3 my_agent.py, morphcloud instance list
+  eval \"$(torpor env nullspace)\"    # then: nullspace doctor
+
+Prints the API key, too: it is read from the file that torpord names, or from --token-file.")]
+    Env {
+        /// Which SDK
+        sdk: Sdk,
+    },
     /// Try what this host can do, and say what to do about what it can't
     #[command(after_help = "\
 Examples:

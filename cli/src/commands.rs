@@ -1,6 +1,7 @@
 //! One function per command; each ends in an exit code.
 
 mod doctor;
+mod env;
 mod events;
 mod exec;
 mod host;
@@ -73,6 +74,7 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Command::Lease(lease) => policy::lease(&context, &lease).await,
         Command::Wake(wake) => policy::wake(&context, &wake).await,
         Command::Events(events) => events::run(&context, &events).await,
+        Command::Env { sdk } => env::run(&context, &global, sdk).await,
         Command::Templates => host::templates(&context).await,
         Command::Status => host::status(&context).await,
         // Answered above, since they need no torpord.

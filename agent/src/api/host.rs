@@ -1,10 +1,10 @@
-//! `/v1/templates` and `/v1/healthz`: the host itself.
+//! `/v1/templates`, `/v1/endpoints` and `/v1/healthz`: the host itself.
 
 use super::error::Failure;
 use crate::machine::fleet::{Fleet, status_counts};
 use axum::Json;
 use axum::extract::State;
-use torpor_api::http::{Health, Template, TemplateList};
+use torpor_api::http::{Endpoints, Health, Template, TemplateList};
 
 pub(super) async fn templates(State(fleet): State<Fleet>) -> Json<TemplateList> {
     let templates = fleet.hypervisor().templates().await;
@@ -16,6 +16,10 @@ pub(super) async fn templates(State(fleet): State<Fleet>) -> Json<TemplateList> 
     Json(TemplateList {
         templates: templates.collect(),
     })
+}
+
+pub(super) async fn endpoints(State(fleet): State<Fleet>) -> Json<Endpoints> {
+    Json(fleet.settings().endpoints.clone())
 }
 
 pub(super) async fn health(State(fleet): State<Fleet>) -> Result<Json<Health>, Failure> {

@@ -25,7 +25,7 @@ use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use torpor_api::http::{ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
+use torpor_api::http::{Endpoints, ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
 const COMMAND_QUEUE_LEN: usize = 64;
@@ -41,6 +41,8 @@ pub struct Settings {
     pub max_running_mem_mib: u32,
     /// Host part of service URLs.
     pub service_host: String,
+    /// Where the APIs and the SSH gateway are reached.
+    pub endpoints: Endpoints,
 }
 
 impl Default for Settings {
@@ -50,6 +52,7 @@ impl Default for Settings {
             drain_grace: Duration::from_secs(2),
             max_running_mem_mib: 1 << 20,
             service_host: "127.0.0.1".to_owned(),
+            endpoints: Endpoints::default(),
         }
     }
 }

@@ -342,3 +342,22 @@ fn doctor_reports_each_finding_and_its_exit_code_follows_the_verdicts() {
     );
     assert!(stdout(&torpord).contains("what to do: "));
 }
+
+#[test]
+fn env_prints_what_points_an_sdk_at_the_host() {
+    let directory = tempfile::tempdir().unwrap();
+    let token = directory.path().join("token");
+    std::fs::write(&token, "t0ken\n").unwrap();
+    let endpoints = format!(
+        r#"{{"morph":"http://127.0.0.1:7071","nullspace":"http://127.0.0.1:7072","token_file":{:?}}}"#,
+        token.to_str().unwrap()
+    );
+    let torpord = FakeTorpord::answering(&[("GET /v1/endpoints", 200, &endpoints)]);
+    let printed = stdout(&torpord.run(&["env", "nullspace"]));
+    assert!(
+        printed.starts_with(
+            "export NULLSPACE_API_URL='http://127.0.0.1:7072'\nexport NULLSPACE_API_KEY='t0ken'\n"
+        ),
+        "{printed}"
+    );
+}
