@@ -9,6 +9,7 @@
 //! Not its job: what an operation does.
 
 mod auth;
+mod edge;
 mod error;
 mod events;
 mod exec;
@@ -61,7 +62,20 @@ fn routes(fleet: Fleet) -> Router {
             "/v1/machines/{id}/services",
             get(services::list).post(services::expose),
         )
-        .route("/v1/machines/{id}/services/{name}", delete(services::unexpose))
+        .route(
+            "/v1/machines/{id}/services/{name}",
+            delete(services::unexpose).patch(edge::patch_service),
+        )
+        .route(
+            "/v1/machines/{id}/services/{name}/grants",
+            get(edge::grants).post(edge::issue),
+        )
+        .route(
+            "/v1/machines/{id}/services/{name}/grants/{grant}",
+            delete(edge::revoke),
+        )
+        .route("/v1/edge-keys", get(edge::keys))
+        .route("/v1/edge-keys/rotate", post(edge::rotate))
         .route("/v1/machines/{id}/exec", post(exec::run))
         .route("/v1/machines/{id}/logs", get(machines::logs))
         .route("/v1/machines/{id}/events", get(events::of_machine))

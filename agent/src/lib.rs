@@ -3,12 +3,14 @@
 //! * [`machine`] – the lifecycle: the pure transition table, one driver task per machine that is not asleep,
 //!   lease timers, recovery.
 //! * [`store`] – all SQL.
+//! * [`edge`] – who is let in: keys, tokens, revocations, counters of signed URLs.
 //! * [`api`] – HTTP to machine, error to response.
 //! * [`execution`], [`vmm_client`], [`guest_client`], [`net`], [`images`] – the platform: VMM processes, guest
 //!   agents, network slots, files.
 
 pub mod api;
 pub mod config;
+pub mod edge;
 pub mod execution;
 pub mod guest_client;
 pub mod images;

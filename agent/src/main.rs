@@ -104,12 +104,16 @@ async fn run(config: &Config) -> Result<()> {
         Arc::new(SystemClock),
         config.fleet(),
     );
+    if let Some(token) = &token {
+        fleet.edge().set_api_token(token.clone());
+    }
     let proxy = start_proxy(config, &fleet)?;
     fleet
         .recover()
         .await
         .context("cannot take up the machines of this host")?;
     tokio::spawn(leases::run(fleet.clone()));
+    let counting = tokio::spawn(fleet.clone().keep_grant_usage());
 
     let ended = CancellationToken::new();
     serve(config, &fleet, token, &ended).await?;
@@ -124,6 +128,8 @@ async fn run(config: &Config) -> Result<()> {
     ended.cancel();
     proxy.shutdown(SHUTDOWN_GRACE).await;
     fleet.halt().await;
+    // What was counted last.
+    let _ = counting.await;
     platform.stop().await;
     Ok(())
 }

@@ -10,6 +10,7 @@
 //!
 //! Not its job: what a transition means. It stores what the lifecycle decided.
 
+mod edge;
 mod events;
 mod leases;
 mod machines;
@@ -17,6 +18,7 @@ mod rows;
 mod services;
 mod transition;
 
+pub use edge::{EdgeKeyRow, GrantRow, GrantUsage};
 pub use events::{EventFilter, NewEvent};
 pub use leases::DueLease;
 pub use machines::{Created, Idempotency, MachineFilter, NewMachine};
@@ -35,6 +37,7 @@ const QUEUE_LEN: usize = 256;
 const MIGRATIONS: &[M<'static>] = &[
     M::up(include_str!("store/migrations/0001_machines.sql")),
     M::up(include_str!("store/migrations/0002_machine_defaults.sql")),
+    M::up(include_str!("store/migrations/0003_edge.sql")),
 ];
 
 /// Why the store could not.

@@ -4,11 +4,14 @@
 //! passes its gate and nothing else. While a request holds its guard, a pause waits a little for it; a raw TCP
 //! connection holds none, because an open connection is no activity.
 
+mod admission;
+
 use crate::machine::driver::{WakeReport, Woken};
 use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
 use crate::machine::gate::Epoch;
 use crate::machine::hypervisor::ConnectError;
+use crate::store::ServiceRoute;
 use async_trait::async_trait;
 use serde_json::json;
 use std::sync::Arc;
@@ -16,8 +19,8 @@ use std::time::Duration;
 use torpor_api::http::ServiceKind;
 use torpor_api::{ErrorCode, MachineId};
 use torpor_proxy::{
-    Connected, FirstByteHook, ListenError, Proxy, Target, Transport, Upstream, WakeRefusal, WakeRequest,
-    WakeTrace, Waker,
+    Admission, Connected, FirstByteHook, ListenError, Proxy, Shown, Target, Transport, Upstream, WakeRefusal,
+    WakeRequest, WakeTrace, Waker,
 };
 
 /// The fleet as the proxy sees it.
@@ -25,8 +28,13 @@ pub struct FleetWaker(pub Fleet);
 
 #[async_trait]
 impl Waker for FleetWaker {
+    async fn admit(&self, request: &WakeRequest, shown: &Shown) -> Result<Admission, WakeRefusal> {
+        let route = self.route(&request.target).await?;
+        admission::admit(&self.0, &route, shown).await
+    }
+
     async fn connect(&self, request: WakeRequest) -> Result<Connected, WakeRefusal> {
-        let (machine, port) = self.resolve(&request.target).await?;
+        let ServiceRoute { machine, port, .. } = self.route(&request.target).await?;
         let source = match request.transport {
             Transport::Http => WakeSource::Http,
             Transport::Tcp => WakeSource::Tcp,
@@ -51,30 +59,19 @@ impl Waker for FleetWaker {
 }
 
 impl FleetWaker {
-    async fn resolve(&self, target: &Target) -> Result<(MachineId, u16), WakeRefusal> {
+    async fn route(&self, target: &Target) -> Result<ServiceRoute, WakeRefusal> {
         match target {
-            Target::Service { listen_port } => {
-                let route = self.0.routes().find(*listen_port).ok_or_else(|| {
-                    let message = format!("no service is exposed on port {listen_port}");
-                    WakeRefusal::new(ErrorCode::ServiceNotFound, message)
-                })?;
-                Ok((route.machine, route.port))
-            }
+            Target::Service { listen_port } => self.0.routes().find(*listen_port).ok_or_else(|| {
+                let message = format!("no service is exposed on port {listen_port}");
+                WakeRefusal::new(ErrorCode::ServiceNotFound, message)
+            }),
             Target::HostName { port, machine } => {
                 let id = self.0.resolve(machine).await.map_err(refusal)?;
                 // A host name reaches what is exposed, not whatever listens in the guest.
-                let row = self
-                    .0
-                    .store()
-                    .machine(&id)
-                    .await
-                    .map_err(|error| refusal(error.into()))?;
-                let exposed = row.is_some_and(|row| row.services.iter().any(|service| service.port == *port));
-                if !exposed {
+                self.0.routes().of(&id, *port).ok_or_else(|| {
                     let message = format!("machine {id} exposes no service on port {port}");
-                    return Err(WakeRefusal::new(ErrorCode::ServiceNotFound, message));
-                }
-                Ok((id, *port))
+                    WakeRefusal::new(ErrorCode::ServiceNotFound, message)
+                })
             }
         }
     }

@@ -32,6 +32,16 @@ error_codes! {
     InvalidRequest = "invalid_request", 400, false, "Correct the field that the message names and send the request again.";
     /// No or wrong bearer token.
     Unauthorized = "unauthorized", 401, false, "Send 'Authorization: Bearer <token>' with the token of /etc/torpor/token.";
+    /// The service wants an edge token and none was sent where it counts.
+    EdgeTokenMissing = "edge_token_missing", 401, false, "Use a signed URL of this service: POST /v1/machines/{id}/services/{port}/grants.";
+    /// The edge token was not made by this host, was damaged, or its grant was revoked.
+    EdgeTokenInvalid = "edge_token_invalid", 401, false, "Ask whoever gave the URL for a new one.";
+    /// The edge token's time is over.
+    EdgeTokenExpired = "edge_token_expired", 401, false, "Ask whoever gave the URL for a new one.";
+    /// The edge token is for another machine, port or transport.
+    EdgeTokenScopeMismatch = "edge_token_scope_mismatch", 401, false, "Use the signed URL that was made for this service and transport.";
+    /// No grant of this service has this ID.
+    GrantNotFound = "preview_grant_not_found", 404, false, "List the grants with GET /v1/machines/{id}/services/{port}/grants.";
     /// No machine has, or ever had, this ID or name.
     MachineNotFound = "machine_not_found", 404, false, "List the machines with GET /v1/machines.";
     /// No such template on this host.

@@ -1,5 +1,9 @@
 //! Bodies of the native HTTP API under `/v1`. Requests reject unknown fields.
 
+mod edge;
+
+pub use edge::*;
+
 use crate::ids::{ExecutionId, MachineId, MachineName};
 use crate::lease::{Lease, LeasePolicy};
 use serde::{Deserialize, Serialize};
@@ -87,6 +91,12 @@ pub struct ServiceSpec {
     /// What it speaks.
     #[serde(default)]
     pub kind: ServiceKind,
+    /// What a request must show; HTTP only.
+    #[serde(default)]
+    pub auth: ServiceAuth,
+    /// Longest wait of a request for a wake in milliseconds; the host's own if not given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wake_deadline_ms: Option<u64>,
 }
 
 /// A service as it is exposed.
@@ -98,6 +108,12 @@ pub struct Service {
     pub port: u16,
     /// What it speaks.
     pub kind: ServiceKind,
+    /// What a request must show.
+    #[serde(default)]
+    pub auth: ServiceAuth,
+    /// Longest wait of a request for a wake in milliseconds, if it is not the host's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wake_deadline_ms: Option<u64>,
     /// Port on the proxy's address; kept for as long as the service is exposed.
     pub listen_port: u16,
     /// Where clients go, for example `http://127.0.0.1:20001`.

@@ -99,6 +99,9 @@ generated_id!(
 generated_id!(
     /// A named, immutable, forkable snapshot.
     SnapshotId, "snap");
+generated_id!(
+    /// Leave to use one service through a signed URL.
+    GrantId, "pvg");
 
 /// Prefixes under which a machine is known outside, each with those that stand for it inside: a machine of the
 /// Morph API, and an execution or the memory of one in the Nullspace API.

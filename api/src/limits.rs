@@ -18,3 +18,11 @@ pub const MAX_JSON_BODY: usize = 1 << 20;
 pub const MAX_EXEC_BYTES: usize = 256 << 10;
 /// Most output of a run-to-completion exec that is kept per stream, in bytes.
 pub const MAX_EXEC_OUTPUT: usize = 8 << 20;
+/// Shortest and longest validity of an edge token, in seconds.
+pub const EDGE_TOKEN_SECONDS: std::ops::RangeInclusive<u64> = 60..=86_400;
+/// Validity of an edge token if none is asked for, in seconds.
+pub const DEFAULT_EDGE_TOKEN_SECONDS: u64 = 3_600;
+/// Most grants of one machine that are neither revoked nor expired.
+pub const MAX_ACTIVE_GRANTS: u32 = 10_000;
+/// Shortest and longest wait of a request for a wake, in milliseconds.
+pub const WAKE_DEADLINE_MS: std::ops::RangeInclusive<u64> = 100..=600_000;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 use torpor_api::MachineName;
-use torpor_api::http::{ServiceKind, ServiceSpec};
+use torpor_api::http::{ServiceAuth, ServiceKind, ServiceSpec};
 
 /// Why a text is not what it should be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -34,6 +34,8 @@ impl Publish {
             name: self.name.clone(),
             port: self.port,
             kind,
+            auth: ServiceAuth::None,
+            wake_deadline_ms: None,
         }
     }
 }

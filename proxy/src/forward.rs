@@ -3,6 +3,7 @@
 //! Every connection is one task (plus one per connection to a guest, which hyper needs, and one per upgraded
 //! connection). Nothing here listens; nothing here knows machines.
 
+mod admission;
 mod headers;
 mod http;
 mod tcp;

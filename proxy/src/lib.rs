@@ -8,7 +8,7 @@
 //! | `waker` | the [`Waker`] trait and what passes through it |
 //! | `listen` | [`Proxy`]: listeners, bounds on connections, shutdown |
 //! | `route` | which target a request means |
-//! | `forward` | one client connection: `http` (with `upstream`, `headers`), `tcp`, and `tunnel` for upgrades |
+//! | `forward` | one client connection: `http` (with `admission`, `upstream`, `headers`), `tcp`, and `tunnel` for upgrades |
 //! | `meter` | counting bytes and holding guards while bodies and streams pass |
 //! | `phase` | what a client connection is doing, and the time it may take |
 //! | `respond` | the one place that turns an error into a response |
@@ -28,6 +28,6 @@ mod waker;
 
 pub use listen::{ListenError, Proxy, ProxyConfig};
 pub use waker::{
-    Activity, Cause, Connected, DEFAULT_RETRY_AFTER, FirstByteHook, Guard, Target, Transport, Upstream,
-    WakeRefusal, WakeRequest, WakeTrace, Waker,
+    Activity, Admission, Cause, Connected, DEFAULT_RETRY_AFTER, EdgeCookie, FirstByteHook, Guard, Shown,
+    Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
 };

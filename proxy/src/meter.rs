@@ -32,12 +32,28 @@ pub(crate) enum BodyError {
     ExecutionOver,
 }
 
+/// Where payload bytes are counted: with the machine, and with the grant that let them in.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tally {
+    pub(crate) machine: Arc<Activity>,
+    pub(crate) also: Option<Arc<Activity>>,
+}
+
+impl Tally {
+    fn add(&self, direction: Direction, len_bytes: usize) {
+        self.machine.add(direction, len_bytes);
+        if let Some(also) = &self.also {
+            also.add(direction, len_bytes);
+        }
+    }
+}
+
 type Gate = Pin<Box<dyn Future<Output = ()> + Send + Sync>>;
 
 /// A client's body on its way to the guest.
 pub(crate) struct RequestBody {
     incoming: Incoming,
-    activity: Arc<Activity>,
+    tally: Tally,
     gate: Option<Gate>,
     broken: Arc<AtomicBool>,
 }
@@ -46,15 +62,15 @@ impl RequestBody {
     pub(crate) fn new(incoming: Incoming) -> Self {
         Self {
             incoming,
-            activity: Arc::default(),
+            tally: Tally::default(),
             gate: None,
             broken: Arc::default(),
         }
     }
 
     /// Counts its bytes there from now on.
-    pub(crate) fn count_in(&mut self, activity: Arc<Activity>) {
-        self.activity = activity;
+    pub(crate) fn count_in(&mut self, tally: Tally) {
+        self.tally = tally;
     }
 
     /// Keeps the body, and with it our own `100 Continue`, back until `go_on` is notified or patience ends.
@@ -89,7 +105,7 @@ impl Body for RequestBody {
                 self.broken.store(true, Ordering::Release);
                 BodyError::Client(source)
             })?;
-            self.activity
+            self.tally
                 .add(Direction::ToGuest, frame.data_ref().map_or(0, Bytes::len));
             Ok(frame)
         }))
@@ -117,7 +133,7 @@ enum Source {
 
 struct GuestBody {
     incoming: Incoming,
-    activity: Arc<Activity>,
+    tally: Tally,
     over: CancellationToken,
     _guard: Option<Guard>,
 }
@@ -134,13 +150,13 @@ impl ResponseBody {
     /// A guest's body, which fails if its execution ends first.
     pub(crate) fn guest(
         incoming: Incoming,
-        activity: Arc<Activity>,
+        tally: Tally,
         over: CancellationToken,
         guard: Option<Guard>,
     ) -> Self {
         let body = GuestBody {
             incoming,
-            activity,
+            tally,
             over,
             _guard: guard,
         };
@@ -190,7 +206,7 @@ impl GuestBody {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         match ready!(Pin::new(&mut self.incoming).poll_frame(cx)) {
             Some(Ok(frame)) => {
-                self.activity
+                self.tally
                     .add(Direction::FromGuest, frame.data_ref().map_or(0, Bytes::len));
                 Poll::Ready(Some(Ok(frame)))
             }
@@ -205,16 +221,16 @@ impl GuestBody {
 /// A stream whose reads are counted; `on_first_byte` runs at the first.
 pub(crate) struct Counted<S> {
     stream: S,
-    activity: Arc<Activity>,
+    tally: Tally,
     direction: Direction,
     on_first_byte: Option<Box<dyn FnOnce() + Send + Sync>>,
 }
 
 impl<S> Counted<S> {
-    pub(crate) fn new(stream: S, activity: Arc<Activity>, direction: Direction) -> Self {
+    pub(crate) fn new(stream: S, tally: Tally, direction: Direction) -> Self {
         Self {
             stream,
-            activity,
+            tally,
             direction,
             on_first_byte: None,
         }
@@ -240,7 +256,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
         let len_bytes = buf.filled().len() - filled_before;
         if len_bytes > 0 {
-            self.activity.add(self.direction, len_bytes);
+            self.tally.add(self.direction, len_bytes);
             if let Some(hook) = self.on_first_byte.take() {
                 hook();
             }

@@ -26,6 +26,68 @@ pub trait Waker: Send + Sync + 'static {
     /// May take as long as a wake takes. Dropping the future cancels this waiter and must cancel nothing else:
     /// a wake that others wait for, or that has begun, goes on.
     async fn connect(&self, request: WakeRequest) -> Result<Connected, WakeRefusal>;
+
+    /// Whether an HTTP request may pass at all; asked before [`Waker::connect`], and must wake nothing.
+    /// Without an implementation everybody may.
+    async fn admit(&self, request: &WakeRequest, shown: &Shown) -> Result<Admission, WakeRefusal> {
+        let _ = shown;
+        Ok(Admission::open(request.target.clone()))
+    }
+}
+
+/// What an HTTP request shows to be let in. All of it is the client's word.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Shown {
+    /// Query key `edge_token`.
+    pub query_token: Option<String>,
+    /// Header `x-edge-token`.
+    pub header_token: Option<String>,
+    /// Cookies that the proxy set, by the scope that [`EdgeCookie::scope`] gave them.
+    pub cookies: Vec<(String, String)>,
+    /// Header `Authorization`.
+    pub authorization: Option<String>,
+    /// The request asks to speak another protocol.
+    pub upgrade: bool,
+}
+
+/// Leave to go on.
+#[derive(Debug, Clone)]
+pub struct Admission {
+    /// What to connect to; may name more exactly what the request asked for.
+    pub target: Target,
+    /// Query key and header of the edge token end here.
+    pub took_token: bool,
+    /// The header `Authorization` ends here.
+    pub took_authorization: bool,
+    /// A cookie for the client.
+    pub cookie: Option<EdgeCookie>,
+    /// Where its payload bytes are counted besides the machine's.
+    pub also_count: Option<std::sync::Arc<Activity>>,
+}
+
+impl Admission {
+    /// Anybody may.
+    #[must_use]
+    pub fn open(target: Target) -> Self {
+        Self {
+            target,
+            took_token: false,
+            took_authorization: false,
+            cookie: None,
+            also_count: None,
+        }
+    }
+}
+
+/// A cookie by which a browser shows its token again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EdgeCookie {
+    /// Part of its name: cookies do not tell ports apart.
+    pub scope: String,
+    /// The token.
+    pub value: String,
+    /// How long it is kept.
+    pub max_age_seconds: u64,
 }
 
 /// What a client wants to reach.

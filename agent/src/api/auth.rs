@@ -52,7 +52,9 @@ impl Token {
         Ok(Self(digest(text.as_bytes())))
     }
 
-    fn is(&self, sent: &[u8]) -> bool {
+    /// Whether this is what was sent.
+    #[must_use]
+    pub fn is(&self, sent: &[u8]) -> bool {
         let sent = digest(sent);
         let differing = self
             .0

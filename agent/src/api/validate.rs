@@ -5,7 +5,7 @@ use crate::machine::fleet::check_lease_and_wake;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::ops::RangeInclusive;
-use torpor_api::http::{CreateMachine, ExecRequest, ServiceSpec};
+use torpor_api::http::{CreateMachine, ExecRequest, PatchService, ServiceAuth, ServiceKind, ServiceSpec};
 use torpor_api::{LeasePolicy, MachineName, limits};
 
 fn within<T: PartialOrd + Display>(field: &str, value: T, range: &RangeInclusive<T>) -> Result<(), Failure> {
@@ -68,7 +68,21 @@ fn services(services: &[ServiceSpec]) -> Result<(), Failure> {
 }
 
 pub(super) fn service(spec: &ServiceSpec) -> Result<(), Failure> {
-    within("port", spec.port, &(1..=u16::MAX))
+    within("port", spec.port, &(1..=u16::MAX))?;
+    if let Some(wake_deadline_ms) = spec.wake_deadline_ms {
+        within("wake_deadline_ms", wake_deadline_ms, &limits::WAKE_DEADLINE_MS)?;
+    }
+    if spec.kind == ServiceKind::Tcp && spec.auth != ServiceAuth::None {
+        return Err(Failure::invalid("a TCP service has no place for a token"));
+    }
+    Ok(())
+}
+
+pub(super) fn patch_service(patch: &PatchService) -> Result<(), Failure> {
+    match patch.wake_deadline_ms {
+        None | Some(0) => Ok(()),
+        Some(wake_deadline_ms) => within("wake_deadline_ms", wake_deadline_ms, &limits::WAKE_DEADLINE_MS),
+    }
 }
 
 pub(super) fn metadata(metadata: &BTreeMap<String, String>) -> Result<(), Failure> {

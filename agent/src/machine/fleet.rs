@@ -4,6 +4,7 @@
 //! drivers show; they start no driver and wake nothing.
 
 mod create;
+mod grants;
 mod policy;
 mod view;
 
@@ -19,6 +20,7 @@ use super::hypervisor::Hypervisor;
 use super::registry::{Handle, Registry};
 use super::routes::Routes;
 use super::state::State;
+use crate::edge::Edge;
 use crate::store::{MachineRow, NewEvent, Store};
 use std::sync::Arc;
 use std::time::Duration;
@@ -102,6 +104,7 @@ pub struct Shared {
     pub(super) registry: Registry,
     pub(super) routes: Arc<Routes>,
     pub(super) memory: Arc<Semaphore>,
+    pub(super) edge: Edge,
     pub(super) leases_changed: Notify,
     pub(super) tasks: TaskTracker,
     pub(super) halted: CancellationToken,
@@ -139,6 +142,7 @@ impl Fleet {
                 registry: Registry::default(),
                 routes: Arc::default(),
                 memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
+                edge: Edge::default(),
                 leases_changed: Notify::new(),
                 tasks: TaskTracker::new(),
                 halted: CancellationToken::new(),
@@ -163,6 +167,12 @@ impl Fleet {
     #[must_use]
     pub fn routes(&self) -> &Arc<Routes> {
         &self.shared.routes
+    }
+
+    /// Who is let in to services that ask for a token.
+    #[must_use]
+    pub fn edge(&self) -> &Edge {
+        &self.shared.edge
     }
 
     /// Bounds and addresses.

@@ -6,7 +6,7 @@ use crate::machine::state::Committed;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use std::collections::BTreeMap;
 use std::str::FromStr;
-use torpor_api::http::{LastError, ServiceKind, WakePolicy};
+use torpor_api::http::{LastError, ServiceAuth, ServiceKind, WakePolicy};
 use torpor_api::{ExecutionId, LeaseAction, LeaseMode, LeasePolicy, MachineId, MachineName};
 
 /// What is committed of a machine.
@@ -61,6 +61,10 @@ pub struct ServiceRow {
     pub port: u16,
     /// What it speaks.
     pub kind: ServiceKind,
+    /// What a request must show.
+    pub auth: ServiceAuth,
+    /// Longest wait of a request for a wake in milliseconds, if it is not the host's own.
+    pub wake_deadline_ms: Option<u64>,
     /// Port of the proxy.
     pub listen_port: u16,
 }
@@ -86,7 +90,7 @@ pub(super) fn with_services(connection: &Connection, mut row: MachineRow) -> Res
     let operation = sql("read services");
     let mut statement = connection
         .prepare_cached(
-            "SELECT name, port, kind, listen_port FROM services WHERE machine_id = ?1 ORDER BY name",
+            "SELECT name, port, kind, auth, wake_deadline_ms, listen_port FROM services WHERE machine_id = ?1 ORDER BY name",
         )
         .map_err(&operation)?;
     let mut found = statement
@@ -103,6 +107,8 @@ pub(super) fn decode_service(row: &Row<'_>) -> Result<ServiceRow, StoreError> {
         name: get(row, "name")?,
         port: get(row, "port")?,
         kind: service_kind(&get::<String>(row, "kind")?)?,
+        auth: service_auth(&get::<String>(row, "auth")?)?,
+        wake_deadline_ms: get(row, "wake_deadline_ms")?,
         listen_port: get(row, "listen_port")?,
     })
 }
@@ -203,6 +209,21 @@ pub(super) fn service_kind(text: &str) -> Result<ServiceKind, StoreError> {
         .into_iter()
         .find(|kind| service_kind_text(*kind) == text)
         .ok_or_else(|| bad("services", "kind", text))
+}
+
+pub(super) fn service_auth_text(auth: ServiceAuth) -> &'static str {
+    match auth {
+        ServiceAuth::None => "none",
+        ServiceAuth::ApiKey => "api_key",
+        ServiceAuth::Token => "token",
+    }
+}
+
+pub(super) fn service_auth(text: &str) -> Result<ServiceAuth, StoreError> {
+    [ServiceAuth::None, ServiceAuth::ApiKey, ServiceAuth::Token]
+        .into_iter()
+        .find(|auth| service_auth_text(*auth) == text)
+        .ok_or_else(|| bad("services", "auth", text))
 }
 
 pub(super) fn get<T: rusqlite::types::FromSql>(row: &Row<'_>, column: &'static str) -> Result<T, StoreError> {

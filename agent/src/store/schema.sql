@@ -29,6 +29,7 @@ CREATE TABLE machines (
 , env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT) STRICT;
 
 CREATE INDEX machines_state ON machines (state);
+
 CREATE INDEX machines_lease_check ON machines (lease_check_unix_ms) WHERE lease_check_unix_ms IS NOT NULL;
 
 CREATE TABLE aliases (
@@ -54,7 +55,7 @@ CREATE TABLE services (
     name        TEXT    NOT NULL,
     port        INTEGER NOT NULL,
     kind        TEXT    NOT NULL CHECK (kind IN ('http', 'tcp')),
-    listen_port INTEGER NOT NULL UNIQUE,
+    listen_port INTEGER NOT NULL UNIQUE, auth TEXT NOT NULL DEFAULT 'none' CHECK (auth IN ('none', 'api_key', 'token')), wake_deadline_ms INTEGER,
     PRIMARY KEY (machine_id, name)
 ) STRICT, WITHOUT ROWID;
 
@@ -77,3 +78,31 @@ CREATE TABLE idempotency_keys (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX idempotency_keys_machine ON idempotency_keys (machine_id);
+
+CREATE TABLE edge_keys (
+    seq             INTEGER PRIMARY KEY AUTOINCREMENT,
+    id              TEXT    NOT NULL UNIQUE,
+    secret          BLOB    NOT NULL,
+    created_unix_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE grants (
+    seq             INTEGER PRIMARY KEY AUTOINCREMENT,
+    id              TEXT    NOT NULL UNIQUE,
+    machine_id      TEXT    NOT NULL REFERENCES machines (id) ON DELETE CASCADE,
+    port            INTEGER NOT NULL,
+    transport       TEXT    NOT NULL CHECK (transport IN ('any', 'http', 'websocket')),
+    issued_unix_ms  INTEGER NOT NULL,
+    expires_unix_ms INTEGER NOT NULL,
+    revoked_unix_ms INTEGER,
+    first_used_unix_ms INTEGER,
+    last_used_unix_ms  INTEGER,
+    http_requests   INTEGER NOT NULL DEFAULT 0,
+    websockets      INTEGER NOT NULL DEFAULT 0,
+    to_guest_bytes  INTEGER NOT NULL DEFAULT 0,
+    from_guest_bytes INTEGER NOT NULL DEFAULT 0
+) STRICT;
+
+CREATE INDEX grants_machine ON grants (machine_id, port, seq);
+
+CREATE INDEX grants_revoked ON grants (expires_unix_ms) WHERE revoked_unix_ms IS NOT NULL;

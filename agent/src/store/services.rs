@@ -1,12 +1,15 @@
 //! Services: which port of the proxy leads to which port of which machine.
 
 use super::events::{self, NewEvent};
-use super::rows::{self, MachineRow, ServiceRow, get, parse, service_kind, service_kind_text};
+use super::rows::{
+    self, MachineRow, ServiceRow, get, parse, service_auth, service_auth_text, service_kind,
+    service_kind_text,
+};
 use super::{Store, StoreError, sql};
 use crate::machine::state::Committed;
 use rusqlite::{Connection, OptionalExtension, params};
-use torpor_api::http::{ServiceKind, ServiceSpec};
-use torpor_api::{MachineId, limits};
+use torpor_api::http::{PatchService, ServiceAuth, ServiceKind, ServiceSpec};
+use torpor_api::{ErrorCode, MachineId, limits};
 
 /// Ports of the proxy that services are given.
 pub const SERVICE_PORTS: std::ops::RangeInclusive<u16> = 20_000..=29_999;
@@ -22,6 +25,25 @@ pub struct ServiceRoute {
     pub port: u16,
     /// What it speaks.
     pub kind: ServiceKind,
+    /// What a request must show.
+    pub auth: ServiceAuth,
+    /// Longest wait of a request for a wake in milliseconds, if it is not the host's own.
+    pub wake_deadline_ms: Option<u64>,
+}
+
+impl ServiceRoute {
+    /// The route of a machine's service.
+    #[must_use]
+    pub fn of(machine: &MachineId, service: &ServiceRow) -> Self {
+        Self {
+            listen_port: service.listen_port,
+            machine: machine.clone(),
+            port: service.port,
+            kind: service.kind,
+            auth: service.auth,
+            wake_deadline_ms: service.wake_deadline_ms,
+        }
+    }
 }
 
 pub(super) fn service_name(spec: &ServiceSpec) -> String {
@@ -38,7 +60,8 @@ pub(super) fn insert(
     let listen_port = free_port(connection)?;
     connection
         .prepare_cached(
-            "INSERT INTO services (machine_id, name, port, kind, listen_port) VALUES (?1, ?2, ?3, ?4, ?5)",
+            "INSERT INTO services (machine_id, name, port, kind, listen_port, auth, wake_deadline_ms) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
         )
         .and_then(|mut statement| {
             let kind = service_kind_text(spec.kind);
@@ -47,7 +70,9 @@ pub(super) fn insert(
                 service_name(spec),
                 spec.port,
                 kind,
-                listen_port
+                listen_port,
+                service_auth_text(spec.auth),
+                spec.wake_deadline_ms
             ])
         })
         .map_err(sql("expose a service"))?;
@@ -109,7 +134,10 @@ impl Store {
                 });
             }
             if let Some(service) = find(&row, &name) {
-                let same = service.port == spec.port && service.kind == spec.kind;
+                let same = service.port == spec.port
+                    && service.kind == spec.kind
+                    && service.auth == spec.auth
+                    && service.wake_deadline_ms == spec.wake_deadline_ms;
                 return if same {
                     Ok(service)
                 } else {
@@ -154,6 +182,54 @@ impl Store {
         .await
     }
 
+    /// Change what is given of a service that has this name, or else this port; answers it as it is then.
+    ///
+    /// # Errors
+    /// There is none, or the change makes no sense for what it speaks.
+    pub async fn patch_service(
+        &self,
+        machine: MachineId,
+        name: String,
+        patch: PatchService,
+        event: NewEvent,
+    ) -> Result<ServiceRow, StoreError> {
+        self.write("change a service", move |tx| {
+            let row = existing(tx, &machine)?;
+            let service = find(&row, &name)
+                .or_else(|| {
+                    row.services
+                        .iter()
+                        .find(|service| service.port.to_string() == name)
+                        .cloned()
+                })
+                .ok_or_else(|| StoreError::Refused {
+                    code: ErrorCode::ServiceNotFound,
+                    reason: format!("machine {machine} exposes no such service"),
+                })?;
+            if service.kind == ServiceKind::Tcp && patch.auth.is_some_and(|auth| auth != ServiceAuth::None) {
+                return Err(StoreError::Refused {
+                    code: ErrorCode::InvalidRequest,
+                    reason: "a TCP service has no place for a token".to_owned(),
+                });
+            }
+            tx.execute(
+                "UPDATE services SET auth = coalesce(?3, auth), wake_deadline_ms = \
+                 CASE WHEN ?4 IS NULL THEN wake_deadline_ms WHEN ?4 = 0 THEN NULL ELSE ?4 END \
+                 WHERE machine_id = ?1 AND name = ?2",
+                params![
+                    machine.as_str(),
+                    service.name,
+                    patch.auth.map(service_auth_text),
+                    patch.wake_deadline_ms
+                ],
+            )
+            .map_err(sql("change a service"))?;
+            events::insert(tx, &event)?;
+            find(&existing(tx, &machine)?, &service.name).ok_or(StoreError::NoListenPort)
+        })
+        .await
+    }
+
     /// Every route there is, for the proxy's listeners at start.
     ///
     /// # Errors
@@ -163,7 +239,8 @@ impl Store {
             let operation = sql("read routes");
             let mut statement = tx
                 .prepare_cached(
-                    "SELECT listen_port, machine_id, port, kind FROM services ORDER BY listen_port",
+                    "SELECT listen_port, machine_id, port, kind, auth, wake_deadline_ms FROM services \
+                     ORDER BY listen_port",
                 )
                 .map_err(&operation)?;
             let mut found = statement.query([]).map_err(&operation)?;
@@ -174,6 +251,8 @@ impl Store {
                     machine: parse(&get::<String>(row, "machine_id")?, "machine_id")?,
                     port: get(row, "port")?,
                     kind: service_kind(&get::<String>(row, "kind")?)?,
+                    auth: service_auth(&get::<String>(row, "auth")?)?,
+                    wake_deadline_ms: get(row, "wake_deadline_ms")?,
                 });
             }
             Ok(routes)

@@ -2,7 +2,7 @@ use super::*;
 use crate::machine::hypervisor::MachineSpec;
 use crate::machine::state::Committed;
 use std::collections::BTreeMap;
-use torpor_api::http::{ServiceKind, ServiceSpec, WakePolicy};
+use torpor_api::http::{ServiceAuth, ServiceKind, ServiceSpec, WakePolicy};
 use torpor_api::{ExecutionId, LeaseAction, LeaseMode, LeasePolicy, MachineName};
 
 fn store() -> (tempfile::TempDir, Store) {
@@ -48,6 +48,8 @@ fn new_machine(name: Option<&str>) -> NewMachine {
             name: None,
             port: 80,
             kind: ServiceKind::Http,
+            auth: ServiceAuth::None,
+            wake_deadline_ms: None,
         }],
         metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
         env: BTreeMap::from([("E".to_owned(), "1".to_owned())]),
@@ -220,6 +222,8 @@ async fn ports_are_not_given_again_at_once_and_gaps_are_used_at_the_end() {
         name: None,
         port,
         kind: ServiceKind::Tcp,
+        auth: ServiceAuth::None,
+        wake_deadline_ms: None,
     };
     let second = store
         .expose(id.clone(), spec(81), event(&id, "service.exposed"))

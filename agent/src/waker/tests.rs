@@ -6,7 +6,7 @@ use crate::machine::tests::World;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use torpor_api::http::{MachineStatus, ServiceSpec};
+use torpor_api::http::{MachineStatus, ServiceAuth, ServiceSpec};
 use torpor_proxy::ProxyConfig;
 
 /// A server in the guest: answers every request with `hello` and closes.
@@ -54,6 +54,8 @@ async fn served(world: &World) -> (MachineId, u16, Arc<Proxy>) {
         name: None,
         port: 80,
         kind: ServiceKind::Http,
+        auth: ServiceAuth::None,
+        wake_deadline_ms: None,
     };
     let service = world.fleet.expose(&id, spec).await.unwrap();
     let listen_port = proxy.expose(0, ServiceKind::Http).unwrap();
@@ -157,7 +159,12 @@ async fn a_host_name_reaches_exposed_ports_only() {
             machine: id.to_string(),
         };
         let waker = &waker;
-        async move { waker.resolve(&target).await }
+        async move {
+            waker
+                .route(&target)
+                .await
+                .map(|route| (route.machine, route.port))
+        }
     };
     assert_eq!(resolve(80).await.unwrap(), (id.clone(), 80));
     assert_eq!(resolve(81).await.unwrap_err().code, ErrorCode::ServiceNotFound);
@@ -166,7 +173,9 @@ async fn a_host_name_reaches_exposed_ports_only() {
         machine: "no-such".to_owned(),
     };
     assert_eq!(
-        waker.resolve(&unknown).await.unwrap_err().code,
+        waker.route(&unknown).await.unwrap_err().code,
         ErrorCode::MachineNotFound
     );
 }
+
+mod edge;

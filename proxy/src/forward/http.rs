@@ -5,15 +5,15 @@
 //! guest is kept between requests, for the same target and the same execution only. A client that disconnects
 //! drops the future of its request, and with it this waiter alone.
 
-use super::headers;
 use super::tunnel::join_upgraded;
 use super::upstream::{Link, MAX_HEADERS, SendError};
 use super::{Permit, Shared};
-use crate::meter::{RequestBody, ResponseBody};
+use super::{admission, headers};
+use crate::meter::{RequestBody, ResponseBody, Tally};
 use crate::phase::{ClientSocket, Phase, UnderWay};
 use crate::respond;
 use crate::waker::{
-    Activity, Cause, Connected, FirstByteHook, Guard, Transport, Upstream, WakeRefusal, WakeRequest,
+    Admission, Cause, Connected, FirstByteHook, Guard, Transport, Upstream, WakeRefusal, WakeRequest,
     WakeTrace,
 };
 use http::{Method, Request, Response, StatusCode, Version};
@@ -98,7 +98,7 @@ struct Connection {
 
 /// What the waker said about one request, without the way to the guest.
 struct Leave {
-    activity: Arc<Activity>,
+    tally: Tally,
     over: CancellationToken,
     guard: Option<Guard>,
     trace: Option<WakeTrace>,
@@ -146,7 +146,7 @@ impl Connection {
             .route
             .target(&request)
             .map_err(|unknown| WakeRefusal::new(ErrorCode::MachineNotFound, unknown.to_string()))?;
-        let asked = WakeRequest {
+        let mut asked = WakeRequest {
             target,
             transport: Transport::Http,
             client: self.client,
@@ -156,11 +156,19 @@ impl Connection {
         };
         let (mut parts, incoming) = request.into_parts();
         let wants_upgrade = headers::asks_for_upgrade(&parts);
+        let shown = admission::shown(&parts, wants_upgrade);
+        let admission = self.shared.waker.admit(&asked, &shown).await?;
+        asked.target = admission.target.clone();
+        admission::take_off(&mut parts, &admission);
         headers::towards_guest(&mut parts, wants_upgrade);
         let request = prepare(Request::from_parts(parts, RequestBody::new(incoming)));
-        let (response, link, leave) = self.send(asked, request).await?;
+        let (response, link, leave) = self.send(asked, request, &admission).await?;
         let client_upgrade = wants_upgrade.then_some(client_upgrade);
-        self.answer(response, link, leave, client_upgrade, clock)
+        let mut response = self.answer(response, link, leave, client_upgrade, clock)?;
+        if let Some(cookie) = admission::set_cookie(&admission) {
+            response.headers_mut().append(http::header::SET_COOKIE, cookie);
+        }
+        Ok(response)
     }
 
     /// Sends the request over the held link if the waker allows it, else over a new one. Only a request of which
@@ -169,6 +177,7 @@ impl Connection {
         &self,
         mut asked: WakeRequest,
         mut request: Request<RequestBody>,
+        admission: &Admission,
     ) -> Result<(Response<Incoming>, Link, Leave), WakeRefusal> {
         let mut held = self
             .link()
@@ -184,8 +193,9 @@ impl Connection {
             let (link, mut leave) = self.link_for(connected, held.take(), &asked).await?;
             leave.trace = leave.trace.or(trace.take());
             leave.on_first_byte = leave.on_first_byte.or(on_first_byte.take());
+            leave.tally.also.clone_from(&admission.also_count);
             let mut link = link;
-            request.body_mut().count_in(Arc::clone(&leave.activity));
+            request.body_mut().count_in(leave.tally.clone());
             match link.send(request).await {
                 Ok(response) => return Ok((response, link, leave)),
                 Err(SendError::Unsent(unsent)) if was_held => {
@@ -221,7 +231,10 @@ impl Connection {
         } = connected;
         let waited = asked.accepted_at.elapsed();
         let leave = Leave {
-            activity,
+            tally: Tally {
+                machine: activity,
+                also: None,
+            },
             over: over.clone(),
             guard,
             trace,
@@ -252,7 +265,7 @@ impl Connection {
         clock: Clock,
     ) -> Result<Response<ResponseBody>, WakeRefusal> {
         let Leave {
-            activity,
+            tally,
             over,
             guard,
             trace,
@@ -275,7 +288,7 @@ impl Connection {
             (Some(guest), Some(client)) => {
                 let permit = Arc::clone(&self.permit);
                 self.shared.tasks.spawn(async move {
-                    join_upgraded(client, guest, activity, over, guard).await;
+                    join_upgraded(client, guest, tally, over, guard).await;
                     drop(permit);
                 });
                 ResponseBody::own(bytes::Bytes::new())
@@ -284,7 +297,7 @@ impl Connection {
             (None, _) => {
                 headers::towards_client(&mut parts.headers);
                 *self.link() = Some(link);
-                ResponseBody::guest(incoming, activity, over, guard)
+                ResponseBody::guest(incoming, tally, over, guard)
             }
         };
         Ok(Response::from_parts(parts, body))

@@ -5,7 +5,7 @@
 
 use super::Shared;
 use super::tunnel::copy_both;
-use crate::meter::Counted;
+use crate::meter::{Counted, Tally};
 use crate::route::Route;
 use crate::waker::{Cause, Connected, Direction, Target, Transport, Upstream, WakeRequest};
 use std::net::SocketAddr;
@@ -63,8 +63,12 @@ async fn carry(client: TcpStream, connected: Connected, accepted_at: Instant) {
     let _ = guest.set_nodelay(true);
     let hook = on_first_byte
         .map(|hook| Box::new(move || hook(accepted_at.elapsed())) as Box<dyn FnOnce() + Send + Sync>);
-    let mut client = Counted::new(client, Arc::clone(&activity), Direction::ToGuest);
-    let mut guest = Counted::new(guest, activity, Direction::FromGuest).on_first_byte(hook);
+    let tally = Tally {
+        machine: activity,
+        also: None,
+    };
+    let mut client = Counted::new(client, tally.clone(), Direction::ToGuest);
+    let mut guest = Counted::new(guest, tally, Direction::FromGuest).on_first_byte(hook);
     if copy_both(&mut client, &mut guest, &over).await.is_err() {
         // A half-copied stream must not look like one that ended.
         reset(client.get_ref());

@@ -1,11 +1,10 @@
 //! Bytes both ways, until both sides have ended, one fails, or the execution is over.
 
-use crate::meter::Counted;
-use crate::waker::{Activity, Direction, Guard};
+use crate::meter::{Counted, Tally};
+use crate::waker::{Direction, Guard};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use std::io;
-use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio_util::sync::CancellationToken;
 
@@ -29,7 +28,7 @@ where
 pub(crate) async fn join_upgraded(
     client: OnUpgrade,
     guest: OnUpgrade,
-    activity: Arc<Activity>,
+    tally: Tally,
     over: CancellationToken,
     guard: Option<Guard>,
 ) {
@@ -40,8 +39,8 @@ pub(crate) async fn join_upgraded(
             return;
         }
     };
-    let mut client = Counted::new(TokioIo::new(client), Arc::clone(&activity), Direction::ToGuest);
-    let mut guest = Counted::new(TokioIo::new(guest), activity, Direction::FromGuest);
+    let mut client = Counted::new(TokioIo::new(client), tally.clone(), Direction::ToGuest);
+    let mut guest = Counted::new(TokioIo::new(guest), tally, Direction::FromGuest);
     if let Err(error) = copy_both(&mut client, &mut guest, &over).await {
         tracing::debug!(error = %error, "an upgraded connection broke off");
     }

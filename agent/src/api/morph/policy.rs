@@ -10,7 +10,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use torpor_api::http::{PatchWake, ServiceKind, ServiceSpec};
+use torpor_api::http::{PatchWake, ServiceAuth, ServiceKind, ServiceSpec};
 use torpor_api::{LeaseAction, LeaseMode, LeasePolicy};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -137,6 +137,8 @@ pub(super) async fn expose(
         name: Some(name),
         port: body.port,
         kind: ServiceKind::Http,
+        auth: ServiceAuth::None,
+        wake_deadline_ms: None,
     };
     validate::service(&spec)?;
     let machine = to_the_end(async move {

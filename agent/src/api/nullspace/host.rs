@@ -9,7 +9,7 @@ use axum::Json;
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use torpor_api::http::{Service, ServiceKind, ServiceSpec};
+use torpor_api::http::{Service, ServiceAuth, ServiceKind, ServiceSpec};
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,6 +35,8 @@ async fn exposed(fleet: &Fleet, id: &torpor_api::MachineId, port: u16) -> Result
         name: None,
         port,
         kind: ServiceKind::Http,
+        auth: ServiceAuth::None,
+        wake_deadline_ms: None,
     };
     validate::service(&spec)?;
     Ok(fleet.show_service(fleet.expose(id, spec).await?))

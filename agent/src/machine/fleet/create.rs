@@ -120,12 +120,7 @@ impl Fleet {
             return Ok(());
         };
         for service in row.services {
-            self.shared.routes.open(ServiceRoute {
-                listen_port: service.listen_port,
-                machine: id.clone(),
-                port: service.port,
-                kind: service.kind,
-            })?;
+            self.shared.routes.open(ServiceRoute::of(id, &service))?;
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use super::Fleet;
 use crate::store::{MachineRow, ServiceRoute, ServiceRow, StoreError};
 use serde_json::json;
 use std::collections::BTreeMap;
-use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
+use torpor_api::http::{PatchService, PatchWake, ServiceSpec, WakePolicy};
 use torpor_api::{ErrorCode, LeaseAction, LeasePolicy, MachineId};
 
 /// Which combinations of lease and wake switches an API lets its users have.
@@ -108,12 +108,7 @@ impl Fleet {
     pub async fn expose(&self, id: &MachineId, spec: ServiceSpec) -> Result<ServiceRow, MachineError> {
         let event = self.event(id, "service.exposed", "api", json!(spec));
         let service = self.shared.store.expose(id.clone(), spec, event).await?;
-        let opened = self.shared.routes.open(ServiceRoute {
-            listen_port: service.listen_port,
-            machine: id.clone(),
-            port: service.port,
-            kind: service.kind,
-        });
+        let opened = self.shared.routes.open(ServiceRoute::of(id, &service));
         if let Err(error) = opened {
             let event = self.event(id, "service.removed", "api", json!({ "error": error.message }));
             self.shared
@@ -123,6 +118,31 @@ impl Fleet {
             return Err(error);
         }
         Ok(service)
+    }
+
+    /// Change who may reach a service, and how long it waits for a wake. `service` is its name or its port.
+    ///
+    /// # Errors
+    /// The machine has none of this name, or the store refuses.
+    pub async fn patch_service(
+        &self,
+        id: &MachineId,
+        service: &str,
+        patch: PatchService,
+    ) -> Result<ServiceRow, MachineError> {
+        let event = self.event(
+            id,
+            "service.changed",
+            "api",
+            json!({ "service": service, "change": patch }),
+        );
+        let row = self
+            .shared
+            .store
+            .patch_service(id.clone(), service.to_owned(), patch, event)
+            .await?;
+        self.shared.routes.open(ServiceRoute::of(id, &row))?;
+        Ok(row)
     }
 
     /// Take a service away.

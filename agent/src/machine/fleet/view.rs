@@ -96,6 +96,8 @@ impl Fleet {
             name: service.name,
             port: service.port,
             kind: service.kind,
+            auth: service.auth,
+            wake_deadline_ms: service.wake_deadline_ms,
             listen_port: service.listen_port,
         }
     }
