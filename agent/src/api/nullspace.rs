@@ -15,6 +15,8 @@ mod exec;
 mod host;
 mod machines;
 mod model;
+mod preview;
+mod readiness;
 mod time;
 mod unbuilt;
 
@@ -24,7 +26,7 @@ use super::facade::{self, stamped, tidied};
 use crate::machine::fleet::Fleet;
 use axum::Router;
 use axum::middleware;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 
 /// Whether torpord is up is no secret, and a probe has no token.
 const OPEN: &[&str] = &["/healthz"];
@@ -45,7 +47,18 @@ fn routes(fleet: Fleet) -> Router {
         .route("/v1/machines/{id}/hibernate", post(machines::hibernate))
         .route("/v1/machines/{id}/resume", post(machines::resume))
         .route("/v1/machines/{id}/timeout", post(machines::set_timeout))
-        .route("/v1/machines/{id}/host", post(host::expose))
+        .route("/v1/machines/{id}/host", post(preview::host))
+        .route("/v1/machines/{id}/ports/{port}/preview-url", get(preview::show))
+        .route(
+            "/v1/machines/{id}/ports/{port}/signed-preview-url",
+            post(preview::sign),
+        )
+        .route("/v1/machines/{id}/ports/{port}/readiness", post(readiness::check))
+        .route("/v1/machines/{id}/preview-urls", get(preview::list))
+        .route(
+            "/v1/machines/{id}/preview-urls/{grant_id}",
+            delete(preview::revoke),
+        )
         .route("/v1/machines/{id}/exec", post(exec::run));
     facade::unbuilt(router, unbuilt::ROUTES)
         .fallback(error::no_route)

@@ -3,7 +3,7 @@
 use super::dialect::instance_id;
 use serde::Serialize;
 use std::collections::BTreeMap;
-use torpor_api::http::{Machine, MachineStatus, ServiceKind};
+use torpor_api::http::{Machine, MachineStatus, ServiceAuth, ServiceKind};
 use torpor_api::{Lease, LeaseAction};
 
 #[derive(Debug, Serialize)]
@@ -117,7 +117,11 @@ impl From<Machine> for Instance {
                         name: service.name.clone(),
                         port: service.port,
                         url: service.url.clone(),
-                        auth_mode: "none",
+                        auth_mode: match service.auth {
+                            ServiceAuth::None => "none",
+                            ServiceAuth::ApiKey => "api_key",
+                            ServiceAuth::Token => "token",
+                        },
                     })
                     .collect(),
             },

@@ -10,7 +10,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use torpor_api::http::{PatchWake, ServiceAuth, ServiceKind, ServiceSpec};
+use torpor_api::http::{PatchService, PatchWake, ServiceAuth, ServiceKind, ServiceSpec};
 use torpor_api::{LeaseAction, LeaseMode, LeasePolicy};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -123,12 +123,6 @@ pub(super) async fn expose(
     Named(id): Named,
     Body(body): Body<Expose>,
 ) -> Result<Json<Instance>, Failure> {
-    if body.auth_mode == Some(AuthMode::ApiKey) {
-        return Err(Failure::new(
-            torpor_api::ErrorCode::NotImplemented,
-            "auth_mode api_key is not implemented",
-        ));
-    }
     let name = body
         .name
         .parse()
@@ -137,7 +131,10 @@ pub(super) async fn expose(
         name: Some(name),
         port: body.port,
         kind: ServiceKind::Http,
-        auth: ServiceAuth::None,
+        auth: match body.auth_mode.unwrap_or_default() {
+            AuthMode::None => ServiceAuth::None,
+            AuthMode::ApiKey => ServiceAuth::ApiKey,
+        },
         wake_deadline_ms: None,
     };
     validate::service(&spec)?;
@@ -149,7 +146,14 @@ pub(super) async fn expose(
         if let Some(service) = services.iter().find(moved) {
             fleet.unexpose(&id, &service.name).await?;
         }
-        fleet.expose(&id, spec).await?;
+        let exposed = fleet.expose(&id, spec.clone()).await?;
+        if exposed.auth != spec.auth {
+            let patch = PatchService {
+                auth: Some(spec.auth),
+                ..PatchService::default()
+            };
+            fleet.patch_service(&id, &exposed.name, patch).await?;
+        }
         Ok(fleet.view(&id).await?)
     })
     .await?;

@@ -297,6 +297,96 @@ async fn a_port_keeps_its_url_over_resumes() {
     call(&router, "POST", &format!("/v1/machines/{id}/resume"), Value::Null).await;
     let again = call(&router, "POST", &path, json!({ "port": 8080 })).await.body;
     assert_eq!(again["host"], host["host"]);
+    assert!(host["url"].as_str().unwrap().contains("/?edge_token="), "{host}");
+    let machine = format!("/v1/machines/{id}");
+    let body = json!({ "expires_in_seconds": 120 });
+    let signed = call(
+        &router,
+        "POST",
+        &format!("{machine}/ports/8080/signed-preview-url"),
+        body,
+    )
+    .await
+    .body;
+    assert_eq!(signed["grant"]["expires_at"], "2023-11-14T22:15:20.000Z");
+    let shown = call(
+        &router,
+        "GET",
+        &format!("{machine}/ports/8080/preview-url"),
+        Value::Null,
+    )
+    .await
+    .body;
+    assert_eq!(
+        shown["grant"]["token_kinds"],
+        json!(["http_port", "websocket_port"])
+    );
+    let grant = signed["grant"]["id"].as_str().unwrap();
+    let revoked = call(
+        &router,
+        "DELETE",
+        &format!("{machine}/preview-urls/{grant}"),
+        Value::Null,
+    )
+    .await
+    .body;
+    assert_eq!(
+        (&revoked["success"], &revoked["grant"]["status"]),
+        (&json!(true), &json!("revoked"))
+    );
+    let list = call(
+        &router,
+        "GET",
+        &format!("{machine}/preview-urls?port=8080"),
+        Value::Null,
+    )
+    .await
+    .body;
+    assert_eq!(list["items"].as_array().unwrap().len(), 4);
+    let missing = call(
+        &router,
+        "DELETE",
+        &format!("{machine}/preview-urls/pvg_x"),
+        Value::Null,
+    )
+    .await;
+    assert_eq!(missing.body["code"], "preview_grant_not_found");
+}
+
+#[tokio::test]
+async fn a_port_is_ready_when_something_answers_and_nobody_is_woken_to_find_out() {
+    let world = World::new();
+    let router = served(&world);
+    let id = created(&router, plain()).await["id"].as_str().unwrap().to_owned();
+    let path = format!("/v1/machines/{id}/ports/8080/readiness");
+    let probe = || json!({ "kind": "tcp", "timeout_secs": 1, "interval_ms": 60 });
+    let unready = call(&router, "POST", &path, probe()).await.body;
+    assert_eq!(
+        (&unready["ready"], &unready["route_ready"], &unready["code"]),
+        (&json!(false), &json!(true), &json!("preview_service_not_ready"))
+    );
+    assert!(unready["attempts"].as_u64().unwrap() > 2, "{unready}");
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    world.host.serve(8080, listener.local_addr().unwrap());
+    let ready = call(&router, "POST", &path, probe()).await.body;
+    assert_eq!((&ready["ready"], &ready["attempts"]), (&json!(true), &json!(1)));
+    call(
+        &router,
+        "POST",
+        &format!("/v1/machines/{id}/hibernate"),
+        Value::Null,
+    )
+    .await;
+    let asleep = call(&router, "POST", &path, probe()).await.body;
+    assert_eq!(
+        (&asleep["ready"], &asleep["route_ready"], &asleep["code"]),
+        (
+            &json!(false),
+            &json!(false),
+            &json!("machine_paused_auto_resume_disabled")
+        )
+    );
+    assert_eq!(world.host.n_restores(), 0);
 }
 
 #[tokio::test]
