@@ -29,7 +29,7 @@ use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
 use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{ExitReason, PersistStats};
-use torpor_api::{ExecutionId, MachineId};
+use torpor_api::{ExecutionId, MachineId, SnapshotId};
 use torpor_proxy::{Proxy, ProxyConfig};
 
 struct Guest {
@@ -141,6 +141,31 @@ impl Hypervisor for Host {
             let _ = guest.agent.wait();
         }
         self.simulated.delete_files(machine).await
+    }
+    async fn stage_snapshot(
+        &self,
+        machine: &MachineSpec,
+        generation: u64,
+        snapshot: &SnapshotId,
+    ) -> Result<(), HypervisorError> {
+        self.simulated.stage_snapshot(machine, generation, snapshot).await
+    }
+    async fn commit_snapshot(&self, snapshot: &SnapshotId) -> Result<u64, HypervisorError> {
+        self.simulated.commit_snapshot(snapshot).await
+    }
+    async fn delete_snapshot(&self, snapshot: &SnapshotId) -> Result<(), HypervisorError> {
+        self.simulated.delete_snapshot(snapshot).await
+    }
+    async fn snapshots(&self) -> Result<Vec<SnapshotId>, HypervisorError> {
+        self.simulated.snapshots().await
+    }
+    /// The machine gets a guest agent of its own, and so processes of its own.
+    async fn clone_snapshot(
+        &self,
+        snapshot: &SnapshotId,
+        machine: &MachineSpec,
+    ) -> Result<u64, HypervisorError> {
+        self.simulated.clone_snapshot(snapshot, machine).await
     }
     async fn console_tail(&self, machine: &MachineId, max_bytes: u64) -> Result<Vec<u8>, HypervisorError> {
         self.simulated.console_tail(machine, max_bytes).await

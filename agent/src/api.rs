@@ -23,6 +23,7 @@ pub mod nullspace;
 mod request_id;
 mod serve;
 mod services;
+mod snapshots;
 mod validate;
 
 pub use auth::{Token, TokenError};
@@ -80,6 +81,18 @@ fn routes(fleet: Fleet) -> Router {
         .route("/v1/machines/{id}/logs", get(machines::logs))
         .route("/v1/machines/{id}/events", get(events::of_machine))
         .route("/v1/events", get(events::of_host))
+        .route(
+            "/v1/machines/{id}/snapshots",
+            get(snapshots::of_machine).post(snapshots::create),
+        )
+        .route("/v1/machines/{id}/fork", post(snapshots::fork))
+        .route("/v1/snapshots", get(snapshots::list))
+        .route(
+            "/v1/snapshots/{id}",
+            get(snapshots::show)
+                .patch(snapshots::change)
+                .delete(snapshots::delete),
+        )
         .route("/v1/templates", get(host::templates))
         .route("/v1/endpoints", get(host::endpoints))
         .route("/v1/healthz", get(host::health))

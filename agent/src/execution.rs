@@ -19,6 +19,7 @@ pub mod command;
 mod live;
 pub mod process;
 pub mod record;
+mod snapshots;
 mod start;
 mod sys;
 mod wake;
@@ -27,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use torpor_api::{ErrorCode, ExecutionId, MachineId};
+use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
 use crate::images::template::Templates;
 use crate::images::{Images, ImagesError};
@@ -215,8 +216,11 @@ impl Hypervisor for Platform {
     }
 
     async fn delete_files(&self, machine: &MachineId) -> Result<(), HypervisorError> {
+        // A clone that was given up may still be writing.
+        let claim = self.claims.take(machine).await;
         let (images, id) = (self.images.clone(), machine.clone());
         blocking(ErrorCode::Internal, move || {
+            let _claim = claim;
             let deleted = images.delete(&id);
             deleted.map_err(images_error(
                 ErrorCode::Internal,
@@ -224,6 +228,35 @@ impl Hypervisor for Platform {
             ))
         })
         .await
+    }
+
+    async fn stage_snapshot(
+        &self,
+        machine: &MachineSpec,
+        generation: u64,
+        snapshot: &SnapshotId,
+    ) -> Result<(), HypervisorError> {
+        self.stage(machine, generation, snapshot).await
+    }
+
+    async fn commit_snapshot(&self, snapshot: &SnapshotId) -> Result<u64, HypervisorError> {
+        self.commit(snapshot).await
+    }
+
+    async fn delete_snapshot(&self, snapshot: &SnapshotId) -> Result<(), HypervisorError> {
+        self.remove(snapshot).await
+    }
+
+    async fn snapshots(&self) -> Result<Vec<SnapshotId>, HypervisorError> {
+        self.committed().await
+    }
+
+    async fn clone_snapshot(
+        &self,
+        snapshot: &SnapshotId,
+        machine: &MachineSpec,
+    ) -> Result<u64, HypervisorError> {
+        self.clone_from(snapshot, machine).await
     }
 
     async fn console_tail(&self, machine: &MachineId, max_bytes: u64) -> Result<Vec<u8>, HypervisorError> {

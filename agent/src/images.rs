@@ -1,6 +1,6 @@
 //! What machines are made of on disk: templates, overlays, hibernation images and their manifests.
 //!
-//! Owns every path under `state_dir/machines` and the order of writes that makes a crash harmless: content,
+//! Owns every path under `state_dir/machines` and `state_dir/snapshots` and the order of writes that makes a crash harmless: content,
 //! `fsync`, rename, `fsync` of the directory. Everything here blocks; callers run it on a blocking thread. Names
 //! reach the file system only as [`MachineId`] or [`torpor_api::MachineName`], which can't leave their directory.
 //! What is read back is not trusted: lengths are bounded, unknown fields refused, checksums checked.
@@ -8,21 +8,26 @@
 //! Not its job: the content of overlay and memory image, which belongs to the VMM ([`header`] reads the image's
 //! first page), and rows in the store.
 
+mod copy;
 pub mod disk;
 pub mod header;
 pub mod manifest;
+pub mod snapshots;
 pub mod template;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use torpor_api::MachineId;
 
 use crate::machine::hypervisor::ImageState;
 use manifest::{Manifest, ManifestError};
+
+/// A new image, until it takes the place of one that is not the machine's alone.
+const NEXT_IMAGE: &str = "memory.next";
 
 /// Why files of a machine could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -79,23 +84,29 @@ fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Ima
 #[derive(Debug, Clone)]
 pub struct Images {
     machines: PathBuf,
+    snapshots: PathBuf,
+    staging: PathBuf,
     trash: PathBuf,
 }
 
 impl Images {
-    /// Files under `state_dir`; directories are made, and what an interrupted delete left is removed.
+    /// Files under `state_dir`; directories are made, and what an interrupted delete or snapshot left is removed.
     ///
     /// # Errors
     /// The directories can't be made.
     pub fn open(state_dir: &Path) -> Result<Self, ImagesError> {
         let images = Self {
             machines: state_dir.join("machines"),
+            snapshots: state_dir.join("snapshots"),
+            staging: state_dir.join("snapshots/.staging"),
             trash: state_dir.join("machines/.trash"),
         };
-        make_dir(&images.trash)?;
-        for entry in fs::read_dir(&images.trash).map_err(failed("list", &images.trash))? {
-            let path = entry.map_err(failed("list", &images.trash))?.path();
-            fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
+        for rest in [&images.trash, &images.staging] {
+            make_dir(rest)?;
+            for entry in fs::read_dir(rest).map_err(failed("list", rest))? {
+                let path = entry.map_err(failed("list", rest))?.path();
+                fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
+            }
         }
         Ok(images)
     }
@@ -202,18 +213,44 @@ impl MachineFiles {
         Ok(File::open(&path).map_err(failed("open", &path))?.into())
     }
 
-    /// The memory image, to be rewritten in a persist; made if missing.
+    /// The file for a persist: the memory image, made if missing; a new file if the image is a snapshot's or another
+    /// machine's, too. [`MachineFiles::promote_image`] follows the persist.
     ///
     /// # Errors
     /// It can't be opened or made.
     pub fn open_image_for_persist(&self) -> Result<OwnedFd, ImagesError> {
         let path = self.image_path();
-        let is_new = !path.exists();
+        let n_links = fs::metadata(&path).map_or(0, |metadata| metadata.nlink());
+        let next = self.path(NEXT_IMAGE);
+        if n_links > 1 {
+            return open_read_write(&next, true);
+        }
+        match fs::remove_file(&next) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("remove", &next)(error));
+            }
+            _ => {}
+        }
         let fd = open_read_write(&path, true)?;
-        if is_new {
+        if n_links == 0 {
             sync_dir(&self.dir)?;
         }
         Ok(fd)
+    }
+
+    /// Put the new image of this generation in place, if it was written to a file of its own.
+    ///
+    /// # Errors
+    /// The file system refuses.
+    pub fn promote_image(&self, generation: u64) -> Result<(), ImagesError> {
+        let (next, path) = (self.path(NEXT_IMAGE), self.image_path());
+        match header::read(&next) {
+            Ok(header) if header.valid && header.generation == generation => {}
+            // There is none, or it is the remainder of a persist that was cut short.
+            Ok(_) | Err(_) => return Ok(()),
+        }
+        fs::rename(&next, &path).map_err(failed("rename to", &path))?;
+        sync_dir(&self.dir)
     }
 
     /// The last `max_bytes` of the console log; empty if there is none.

@@ -2,7 +2,7 @@
 //!
 //! * [`state`] – states, events, the transition table, recovery rules; no I/O.
 //! * [`fleet`] – the operations on machines; [`driver`] – the task of one machine; [`registry`] – who has one.
-//! * [`recovery`] – what a starting torpord finds; [`leases`] – the timer.
+//! * [`recovery`] – what a starting torpord finds; [`leases`], [`retention`] – the timers.
 //! * [`gate`] – the way into a running machine; [`routes`] – which port leads to which machine.
 //! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
 //! * [`clock`] – time, injected; [`error`] – the one error of operations.
@@ -16,6 +16,7 @@ pub mod hypervisor;
 pub mod leases;
 pub mod recovery;
 pub mod registry;
+pub mod retention;
 pub mod routes;
 pub mod simulated;
 pub mod state;

@@ -19,7 +19,7 @@ use torpor_agent::config::Config;
 use torpor_agent::execution::Platform;
 use torpor_agent::machine::clock::SystemClock;
 use torpor_agent::machine::fleet::Fleet;
-use torpor_agent::machine::leases;
+use torpor_agent::machine::{leases, retention};
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
 use torpor_proxy::{Proxy, ProxyConfig};
@@ -114,6 +114,7 @@ async fn run(config: &Config) -> Result<()> {
         .context("cannot take up the machines of this host")?;
     tokio::spawn(leases::run(fleet.clone()));
     let counting = tokio::spawn(fleet.clone().keep_grant_usage());
+    tokio::spawn(retention::run(fleet.clone()));
 
     let ended = CancellationToken::new();
     serve(config, &fleet, token, &ended).await?;

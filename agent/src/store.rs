@@ -16,6 +16,7 @@ mod leases;
 mod machines;
 mod rows;
 mod services;
+mod snapshots;
 mod transition;
 
 pub use edge::{EdgeKeyRow, GrantRow, GrantUsage};
@@ -24,6 +25,7 @@ pub use leases::DueLease;
 pub use machines::{Created, Idempotency, MachineFilter, NewMachine};
 pub use rows::{MachineRow, ServiceRow};
 pub use services::{SERVICE_PORTS, ServiceRoute};
+pub use snapshots::{NewSnapshot, SnapshotCreated, SnapshotFilter, SnapshotPurpose, SnapshotRow};
 pub use transition::{LeaseChange, Transition};
 
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
@@ -38,6 +40,7 @@ const MIGRATIONS: &[M<'static>] = &[
     M::up(include_str!("store/migrations/0001_machines.sql")),
     M::up(include_str!("store/migrations/0002_machine_defaults.sql")),
     M::up(include_str!("store/migrations/0003_edge.sql")),
+    M::up(include_str!("store/migrations/0004_snapshots.sql")),
 ];
 
 /// Why the store could not.
@@ -98,6 +101,12 @@ pub enum StoreError {
         /// The ID.
         id: String,
     },
+    /// No snapshot has this ID.
+    #[error("no snapshot {id}")]
+    NoSnapshot {
+        /// The ID.
+        id: String,
+    },
     /// The lease that wanted this transition was moved meanwhile.
     #[error("the lease of {id} was moved meanwhile")]
     LeaseMoved {
@@ -139,6 +148,7 @@ impl StoreError {
             Self::Refused { code, .. } => *code,
             Self::NoListenPort => ErrorCode::CapacityExceeded,
             Self::NoMachine { .. } => ErrorCode::MachineNotFound,
+            Self::NoSnapshot { .. } => ErrorCode::SnapshotNotFound,
             Self::LeaseMoved { .. } => ErrorCode::TransitionInProgress,
             Self::Open { .. }
             | Self::Sql { .. }

@@ -46,6 +46,8 @@ error_codes! {
     MachineNotFound = "machine_not_found", 404, false, "List the machines with GET /v1/machines.";
     /// No such template on this host.
     TemplateNotFound = "template_not_found", 404, false, "List the templates with GET /v1/templates.";
+    /// No snapshot has this ID or name.
+    SnapshotNotFound = "snapshot_not_found", 404, false, "List the snapshots with GET /v1/snapshots.";
     /// The machine exposes no service of this name or port.
     ServiceNotFound = "service_not_found", 404, false, "List the machine's services with GET /v1/machines/{id}.";
     /// The route does not exist.
@@ -80,6 +82,8 @@ error_codes! {
     ImageIncompatible = "incompatible_snapshot", 409, false, "Resume it on the host that made it, or boot it from its disk with {\"from\":\"disk\"}.";
     /// A pause found no room on the disk; the machine runs on.
     DiskFull = "disk_full", 507, true, "Free space in the state directory and pause again; the machine is still running.";
+    /// The snapshot could not be taken; the machine is as it was.
+    SnapshotFailed = "snapshot_failed", 500, true, "See the message for the cause and try again; the machine is as it was.";
     /// A pause failed; the machine runs on.
     PauseFailed = "pause_failed", 500, true, "See the machine's events for the cause and pause again; the machine is still running.";
     /// The guest did not boot or its agent did not answer.

@@ -4,7 +4,7 @@ mod edge;
 
 pub use edge::*;
 
-use crate::ids::{ExecutionId, MachineId, MachineName};
+use crate::ids::{ExecutionId, MachineId, MachineName, SnapshotId};
 use crate::lease::{Lease, LeasePolicy};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -12,6 +12,11 @@ use std::collections::BTreeMap;
 mod endpoints;
 
 pub use endpoints::{Endpoints, SshEndpoint};
+mod snapshots;
+
+pub use snapshots::{
+    CreateSnapshot, ForkMachine, Forked, PatchSnapshot, Retention, Snapshot, SnapshotList, SnapshotStatus,
+};
 
 /// What a user sees of a machine's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -130,6 +135,10 @@ pub struct CreateMachine {
     /// Template to start from.
     #[serde(default = "default_template")]
     pub template: String,
+    /// ID or name of a snapshot to go on from, memory and all. Its shape and template are the machine's; a field that
+    /// says otherwise is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
     /// Number of vCPUs.
     #[serde(default = "default_vcpus")]
     pub vcpus: u8,
@@ -157,6 +166,25 @@ pub struct CreateMachine {
     /// Working directory of commands that name none; `/workspace` if not given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cwd: Option<String>,
+}
+
+impl Default for CreateMachine {
+    fn default() -> Self {
+        Self {
+            name: None,
+            template: default_template(),
+            snapshot: None,
+            vcpus: default_vcpus(),
+            mem_mib: default_mem_mib(),
+            disk_mib: None,
+            lease: None,
+            wake: None,
+            services: Vec::new(),
+            metadata: BTreeMap::new(),
+            env: BTreeMap::new(),
+            cwd: None,
+        }
+    }
 }
 
 fn default_template() -> String {
@@ -187,6 +215,9 @@ pub struct Machine {
     pub last_execution_id: Option<ExecutionId>,
     /// Template it was made from.
     pub template: String,
+    /// Snapshot that it went on from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshot_id: Option<SnapshotId>,
     /// Number of vCPUs.
     pub vcpus: u8,
     /// Guest memory in MiB.

@@ -13,5 +13,5 @@ pub mod limits;
 pub mod vmm;
 
 pub use error_code::{ApiError, ErrorCode};
-pub use ids::{ExecutionId, GrantId, IdError, MachineId, MachineName};
+pub use ids::{ExecutionId, GrantId, IdError, MachineId, MachineName, SnapshotId};
 pub use lease::{Lease, LeaseAction, LeaseMode, LeasePolicy};

@@ -26,3 +26,9 @@ pub const DEFAULT_EDGE_TOKEN_SECONDS: u64 = 3_600;
 pub const MAX_ACTIVE_GRANTS: u32 = 10_000;
 /// Shortest and longest wait of a request for a wake, in milliseconds.
 pub const WAKE_DEADLINE_MS: std::ops::RangeInclusive<u64> = 100..=600_000;
+/// Shortest and longest retention of what nobody uses, in seconds (ten years).
+pub const RETENTION_SECONDS: std::ops::RangeInclusive<u64> = 1..=315_360_000;
+/// Longest digest of a snapshot in bytes.
+pub const MAX_DIGEST: usize = 256;
+/// Fewest and most machines of one fork.
+pub const FORKS: std::ops::RangeInclusive<u32> = 1..=64;

@@ -3,8 +3,8 @@
 mod options;
 
 pub(crate) use options::{
-    Create, Doctor, Events, Exec, Expose, Hide, Lease, Logs, OneMachine, Probe, Resume, Rm, Switch, Traffic,
-    Url, Wake,
+    Create, Doctor, Events, Exec, Expose, Fork, Hide, Lease, Logs, OneMachine, Probe, Resume, Rm, Snapshots,
+    Switch, Traffic, Url, Wake,
 };
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -93,6 +93,7 @@ pub(crate) enum Command {
     #[command(after_help = "\
 Examples:
   torpor create
+  torpor create --snapshot before
   torpor create --name web --mem 512M --lease 15m --publish 8080
   torpor create --name db --disk 20G --publish-tcp 5432:postgres --no-wake http
   torpor create --lease 1h --on-expiry destroy --meta owner=ci")]
@@ -124,6 +125,19 @@ Examples:
         after_help = "Examples:\n  torpor rm web\n  torpor rm -f web db"
     )]
     Rm(Rm),
+    /// Take, list and delete snapshots: memory and disk of one instant
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  torpor snapshot create web --name before
+  torpor create --snapshot before --name again
+  torpor snapshot rm before"
+    )]
+    Snapshot(Snapshots),
+    /// Make machines that go on where this one is
+    #[command(after_help = "Examples:\n  torpor fork web\n  torpor fork web -n 3 --lease 10m")]
+    Fork(Fork),
     /// Run a command in a machine, waking it if need be
     #[command(after_help = "\
 Examples:

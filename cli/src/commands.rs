@@ -8,6 +8,7 @@ mod host;
 mod machines;
 mod policy;
 mod services;
+mod snapshots;
 
 use crate::args::{Arguments, Command, Format};
 use crate::client::{CallError, Client, segment};
@@ -66,6 +67,8 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Command::Pause(one) => machines::pause(&context, &one.machine).await,
         Command::Resume(resume) => machines::resume(&context, &resume).await,
         Command::Rm(rm) => machines::remove(&context, &rm).await,
+        Command::Snapshot(snapshots) => snapshots::run(&context, snapshots).await,
+        Command::Fork(fork) => snapshots::fork(&context, &fork).await,
         Command::Exec(exec) => exec::run(&context, exec).await,
         Command::Url(url) => services::url(&context, &url).await,
         Command::Expose(expose) => services::expose(&context, expose).await,

@@ -5,7 +5,10 @@ use crate::machine::fleet::check_lease_and_wake;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::ops::RangeInclusive;
-use torpor_api::http::{CreateMachine, ExecRequest, PatchService, ServiceAuth, ServiceKind, ServiceSpec};
+use torpor_api::http::{
+    CreateMachine, CreateSnapshot, ExecRequest, ForkMachine, PatchService, PatchSnapshot, ServiceAuth,
+    ServiceKind, ServiceSpec,
+};
 use torpor_api::{LeasePolicy, MachineName, limits};
 
 fn within<T: PartialOrd + Display>(field: &str, value: T, range: &RangeInclusive<T>) -> Result<(), Failure> {
@@ -40,6 +43,40 @@ pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
     environment(&body.env)?;
     directory(body.cwd.as_deref())?;
     metadata(&body.metadata)
+}
+
+/// What is said of a snapshot.
+pub(super) fn snapshot(body: &CreateSnapshot) -> Result<(), Failure> {
+    if let Some(digest) = &body.digest
+        && (digest.is_empty() || digest.len() > limits::MAX_DIGEST)
+    {
+        return Err(Failure::invalid(format!(
+            "digest is not 1 to {} bytes long",
+            limits::MAX_DIGEST
+        )));
+    }
+    if let Some(seconds) = body.retention_seconds {
+        within("retention_seconds", seconds, &limits::RETENTION_SECONDS)?;
+    }
+    metadata(&body.metadata)
+}
+
+pub(super) fn patch_snapshot(body: &PatchSnapshot) -> Result<(), Failure> {
+    if let Some(Some(seconds)) = body.retention_seconds {
+        within("retention_seconds", seconds, &limits::RETENTION_SECONDS)?;
+    }
+    body.metadata.as_ref().map_or(Ok(()), metadata)
+}
+
+pub(super) fn fork(body: &ForkMachine) -> Result<(), Failure> {
+    within("count", body.count, &limits::FORKS)?;
+    if let Some(lease) = body.lease {
+        self::lease(lease)?;
+    }
+    if let Some(wake) = body.wake {
+        check_lease_and_wake(body.lease, wake)?;
+    }
+    body.metadata.as_ref().map_or(Ok(()), metadata)
 }
 
 pub(super) fn lease(lease: LeasePolicy) -> Result<(), Failure> {

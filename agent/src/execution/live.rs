@@ -229,6 +229,10 @@ pub(super) fn put_manifest(
     stats: PersistStats,
 ) -> Result<(), HypervisorError> {
     let failed = |message: &str| HypervisorError::new(ErrorCode::PauseFailed, message);
+    files.promote_image(stats.generation).map_err(images_error(
+        ErrorCode::PauseFailed,
+        "cannot put the image in place",
+    ))?;
     let header = header::read(&files.image_path())
         .map_err(|error| failed("cannot read back the image's header").because(error))?;
     let found = (header.valid, header.generation, header.disk_generation);
@@ -247,6 +251,7 @@ pub(super) fn put_manifest(
         template: record.template.clone(),
         template_digest: record.template_digest.clone(),
         written_unix_ms: written.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+        fork: false,
         host_signature: header.host_signature,
     };
     let put = files.write_manifest(&manifest);

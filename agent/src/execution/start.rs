@@ -144,7 +144,7 @@ impl Platform {
             console_limit: self.config.console_limit_bytes,
             generation: manifest.generation,
             disk_generation: manifest.disk_generation,
-            fork: false,
+            fork: manifest.fork,
         };
         let fds = [
             (FdRole::Image, &image),

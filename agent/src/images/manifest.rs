@@ -39,6 +39,10 @@ pub struct Manifest {
     pub template_digest: String,
     /// Wall clock of the host when the image was durable, in Unix milliseconds.
     pub written_unix_ms: u64,
+    /// The image is another machine's, and a restore of it has to make a new machine of the guest. Left out where it is
+    /// not so, as it was before there were forks.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub fork: bool,
     /// What the image needs of a host: CPU, kernel and VMM, as the VMM wrote it into the image.
     pub host_signature: serde_json::Value,
 }

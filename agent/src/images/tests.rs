@@ -46,6 +46,7 @@ fn manifest(machine: &MachineId) -> Manifest {
         template: "base".to_owned(),
         template_digest: "d".to_owned(),
         written_unix_ms: 1,
+        fork: false,
         host_signature: serde_json::json!({"arch": "x86_64"}),
     }
 }

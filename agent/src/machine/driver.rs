@@ -15,9 +15,11 @@ mod commit;
 mod effects;
 mod held;
 mod operation;
+mod snapshots;
 mod waiters;
 
 pub use operation::WakeReport;
+pub use snapshots::Staged;
 pub use waiters::{Command, Need, PauseOrder, WakeOrder, Woken};
 
 use super::error::MachineError;
@@ -27,6 +29,7 @@ use super::hypervisor::{Execution, FreezeTrace, ImageState};
 use super::state::{self, Committed, Effect, Event, Image, State, Step};
 use crate::store::{MachineRow, Transition};
 use operation::{Operation, Outcome};
+use snapshots::Snapshots;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
@@ -98,6 +101,7 @@ pub(super) struct Driver {
     freeze: FreezeTrace,
     failure: Option<MachineError>,
     waiters: Waiters,
+    snapshots: Snapshots,
 }
 
 /// What the task was waiting for.
@@ -219,6 +223,7 @@ impl Driver {
             freeze: FreezeTrace::default(),
             failure: None,
             waiters: Waiters::default(),
+            snapshots: Snapshots::default(),
         }
     }
 
@@ -303,6 +308,7 @@ impl Driver {
     /// Nothing is under way and nobody waits.
     fn may_leave(&self) -> bool {
         let idle = self.operation.is_none() && self.overtaken.is_none() && self.waiters.is_empty();
+        let idle = idle && self.snapshots.is_empty();
         let asleep = self.state.is_at_rest() || self.state == State::Deleting;
         idle && asleep && self.uncommitted.is_none()
     }
@@ -365,6 +371,8 @@ impl Driver {
             | Effect::Persist
             | Effect::CommitPause
             | Effect::Run
+            | Effect::Capture
+            | Effect::Copy
             | Effect::Evict
             | Effect::Delete => false,
         });

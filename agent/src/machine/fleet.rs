@@ -4,12 +4,17 @@
 //! drivers show; they start no driver and wake nothing.
 
 mod create;
+mod fork;
 mod grants;
 mod policy;
+mod snapshots;
+mod turns;
 mod view;
 
 pub use create::CreateOrder;
+pub use fork::{ForkOrder, TemplateSnapshotOrder};
 pub use policy::{PolicyRule, check_lease_and_wake};
+pub use snapshots::SnapshotOrder;
 pub use view::{MachineQuery, status_counts};
 
 use super::clock::Clock;
@@ -106,6 +111,8 @@ pub struct Shared {
     pub(super) memory: Arc<Semaphore>,
     pub(super) edge: Edge,
     pub(super) leases_changed: Notify,
+    pub(super) retention_changed: Notify,
+    turns: turns::Turns,
     pub(super) tasks: TaskTracker,
     pub(super) halted: CancellationToken,
     pub(super) settings: Settings,
@@ -144,6 +151,8 @@ impl Fleet {
                 memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
                 edge: Edge::default(),
                 leases_changed: Notify::new(),
+                retention_changed: Notify::new(),
+                turns: turns::Turns::default(),
                 tasks: TaskTracker::new(),
                 halted: CancellationToken::new(),
                 settings,
@@ -231,7 +240,7 @@ impl Fleet {
             .unwrap_or_else(|| row.committed.at_rest());
         let asleep = !matches!(
             state,
-            State::Running | State::Creating | State::Starting | State::Waking
+            State::Running | State::Capturing | State::Creating | State::Starting | State::Waking
         );
         if asleep && !source.allowed_by(row.wake) {
             let message = format!(

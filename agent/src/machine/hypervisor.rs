@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, RestoreTrace, VmmState};
-use torpor_api::{ErrorCode, ExecutionId, MachineId};
+use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
 /// What must be known of a machine to run it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -221,6 +221,37 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// Remove the machine's directory and everything in it. No directory is no error.
     async fn delete_files(&self, machine: &MachineId) -> Result<(), HypervisorError>;
+
+    /// Put the files of a snapshot of this machine in place, out of its image, whose manifest must name exactly
+    /// `generation`, and its disk. The machine stands still or sleeps until this answers. Nobody sees the snapshot
+    /// before [`Hypervisor::commit_snapshot`]; dropping the future leaves something that
+    /// [`Hypervisor::delete_snapshot`] and the next start remove. Errors: `image_corrupt`, `disk_full`,
+    /// `snapshot_failed`.
+    async fn stage_snapshot(
+        &self,
+        machine: &MachineSpec,
+        generation: u64,
+        snapshot: &SnapshotId,
+    ) -> Result<(), HypervisorError>;
+
+    /// Make a staged snapshot durable, all of it or nothing; answers the room that it takes in bytes.
+    async fn commit_snapshot(&self, snapshot: &SnapshotId) -> Result<u64, HypervisorError>;
+
+    /// Remove a snapshot, staged or committed. None is no error. Machines that were made from it keep what they
+    /// have of it.
+    async fn delete_snapshot(&self, snapshot: &SnapshotId) -> Result<(), HypervisorError>;
+
+    /// Called once, at start: every committed snapshot. What was staged and never committed is removed.
+    async fn snapshots(&self) -> Result<Vec<SnapshotId>, HypervisorError>;
+
+    /// Make the files of a machine that goes on where the snapshot was taken: its image is the snapshot's, and a
+    /// restore of it makes the guest another one. Answers the image's generation. Errors: `snapshot_not_found`,
+    /// `image_corrupt`, `incompatible_snapshot`, `disk_full`.
+    async fn clone_snapshot(
+        &self,
+        snapshot: &SnapshotId,
+        machine: &MachineSpec,
+    ) -> Result<u64, HypervisorError>;
 
     /// The last `max_bytes` of the machine's console; empty if it never ran.
     async fn console_tail(&self, machine: &MachineId, max_bytes: u64) -> Result<Vec<u8>, HypervisorError>;

@@ -17,6 +17,8 @@ impl Fleet {
     /// # Errors
     /// The store cannot be read; nothing was changed then.
     pub async fn recover(&self) -> Result<(), MachineError> {
+        self.recover_snapshots().await?;
+        self.shared.store.doom_hidden().await?;
         let rows = self.shared.store.unsettled().await?;
         let routes = self.shared.store.routes().await?;
         let mut adopted: HashMap<MachineId, Vec<Adopted>> = HashMap::new();

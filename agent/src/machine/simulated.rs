@@ -6,6 +6,7 @@
 
 mod execution;
 mod faults;
+mod snapshots;
 
 pub use execution::SimulatedExecution;
 pub use faults::{Fault, Faults, Hold, Point};
@@ -18,7 +19,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use torpor_api::vmm::{RestoreTrace, VmmState};
-use torpor_api::{ErrorCode, ExecutionId, MachineId};
+use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
 /// What a simulated guest holds in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -34,9 +35,11 @@ struct SavedImage {
     generation: u64,
     memory: Memory,
     corrupt: bool,
+    /// A restore makes another machine of it.
+    fork: bool,
 }
 
-#[derive(Default)]
+#[derive(Debug, Clone, Default)]
 struct Files {
     image: Option<SavedImage>,
     disk_generation: u64,
@@ -46,10 +49,12 @@ struct Files {
 #[derive(Default)]
 struct Inner {
     files: BTreeMap<MachineId, Files>,
+    snapshots: BTreeMap<SnapshotId, snapshots::Saved>,
     live: HashMap<ExecutionId, Arc<SimulatedExecution>>,
     ports: HashMap<u16, SocketAddr>,
     n_boots: u64,
     n_restores: u64,
+    n_forks: u64,
     violations: Vec<String>,
 }
 
@@ -187,7 +192,7 @@ impl Hypervisor for SimulatedHypervisor {
         self.0.lock().n_restores += 1;
         self.0.faults.reach(Point::Restore).await?;
         let memory = {
-            let inner = self.0.lock();
+            let mut inner = self.0.lock();
             let corrupt = |what: &str| {
                 let message = format!("cannot restore {}: {what}", machine.id);
                 Err(HypervisorError::new(ErrorCode::ImageCorrupt, message))
@@ -202,7 +207,11 @@ impl Hypervisor for SimulatedHypervisor {
                 Some(image) if image.memory.disk_generation != files.disk_generation => {
                     return corrupt("the disk is newer");
                 }
-                Some(image) => image.memory,
+                Some(image) => {
+                    let (memory, fork) = (image.memory, image.fork);
+                    inner.n_forks += u64::from(fork);
+                    memory
+                }
             }
         };
         let stages = WakeStages {
@@ -264,6 +273,35 @@ impl Hypervisor for SimulatedHypervisor {
         }
         inner.files.remove(machine);
         Ok(())
+    }
+
+    async fn stage_snapshot(
+        &self,
+        machine: &MachineSpec,
+        generation: u64,
+        snapshot: &SnapshotId,
+    ) -> Result<(), HypervisorError> {
+        self.0.stage_snapshot(machine, generation, snapshot).await
+    }
+
+    async fn commit_snapshot(&self, snapshot: &SnapshotId) -> Result<u64, HypervisorError> {
+        self.0.commit_snapshot(snapshot).await
+    }
+
+    async fn delete_snapshot(&self, snapshot: &SnapshotId) -> Result<(), HypervisorError> {
+        self.0.delete_snapshot(snapshot).await
+    }
+
+    async fn snapshots(&self) -> Result<Vec<SnapshotId>, HypervisorError> {
+        Ok(self.0.committed_snapshots())
+    }
+
+    async fn clone_snapshot(
+        &self,
+        snapshot: &SnapshotId,
+        machine: &MachineSpec,
+    ) -> Result<u64, HypervisorError> {
+        self.0.clone_snapshot(snapshot, machine).await
     }
 
     async fn console_tail(&self, machine: &MachineId, max_bytes: u64) -> Result<Vec<u8>, HypervisorError> {

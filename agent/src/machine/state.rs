@@ -24,6 +24,8 @@ pub enum State {
     Starting,
     /// vCPUs run, the guest answers.
     Running,
+    /// Awake, and held still for a moment while a snapshot is taken of it.
+    Capturing,
     /// Requests in flight are being let out, then the vCPUs stopped.
     Freezing,
     /// Frozen, the image being written.
@@ -34,6 +36,8 @@ pub enum State {
     Evicting,
     /// Asleep with its memory: an image and a row.
     Paused,
+    /// Asleep, and a snapshot is being taken of its files.
+    Copying,
     /// Asleep, and its image was refused as damaged or foreign: only an explicit resume tries again.
     Refused,
     /// On its way to running: a restore, or a frozen guest set free.
@@ -57,6 +61,8 @@ pub enum Event {
     BootFromDisk,
     /// It shall sleep.
     Pause,
+    /// A snapshot of it is wanted.
+    Snapshot,
     /// It shall go.
     Delete,
     /// A boot ended with an answering guest.
@@ -83,6 +89,10 @@ pub enum Event {
     PauseNotCommitted,
     /// A frozen guest runs again.
     Ran,
+    /// It runs again, with a snapshot taken or not.
+    Captured,
+    /// It sleeps on, with a snapshot taken or not.
+    Copied,
     /// The VMM of a sleeping machine is gone.
     Evicted,
     /// The guest powered itself off.
@@ -124,6 +134,10 @@ pub enum Effect {
     CommitPause,
     /// Set the guest free.
     Run,
+    /// Stop the vCPUs, take a snapshot, set the guest free.
+    Capture,
+    /// Take a snapshot of the files.
+    Copy,
     /// End the VMM.
     Evict,
     /// Commit the deletion, end the VMM, remove files and row. Joins a deletion under way.
@@ -167,24 +181,27 @@ pub fn next(state: State, event: Event) -> Result<Step, Denied> {
         },
         BootFromDisk => boot_from_disk(state),
         Pause => pause(state),
+        Snapshot => snapshot(state),
         Delete => match state {
             State::Gone => Err(Denied::Deleting),
             State::Creating
             | State::Starting
             | State::Running
+            | State::Capturing
             | State::Freezing
             | State::Persisting
             | State::Durable
             | State::Evicting
             | State::Paused
+            | State::Copying
             | State::Refused
             | State::Waking
             | State::Stopped
             | State::Deleting => Ok((State::Deleting, &[Effect::Delete])),
         },
         Booted | BootFailed | Restored | RestoreFailed | RestoreRefused | Frozen | FreezeFailed
-        | Persisted | PersistFailed | PauseCommitted | PauseNotCommitted | Ran | Evicted | Deleted
-        | DeleteFailed => outcome(state, event),
+        | Persisted | PersistFailed | PauseCommitted | PauseNotCommitted | Ran | Captured | Copied
+        | Evicted | Deleted | DeleteFailed => outcome(state, event),
         ShutDown => ended(state, (State::Stopped, &[Effect::CommitStopped])),
         Rebooted => ended(state, (State::Starting, &[Effect::Boot])),
         LostImageKept => ended(state, (State::Paused, &[Effect::CommitPaused])),
@@ -199,6 +216,8 @@ fn wake(state: State) -> Result<Step, Denied> {
         State::Running | State::Creating | State::Starting | State::Waking | State::Evicting => {
             Ok((state, &[]))
         }
+        // Likewise: a snapshot holds the guest for a moment, and is not given up for a request that can wait for it.
+        State::Capturing | State::Copying => Ok((state, &[])),
         State::Freezing | State::Persisting | State::Durable => Ok((State::Waking, &[Effect::Run])),
         State::Paused => Ok((State::Waking, &[Effect::Restore])),
         State::Stopped => Ok((State::Starting, &[Effect::Boot])),
@@ -212,6 +231,8 @@ fn boot_from_disk(state: State) -> Result<Step, Denied> {
         State::Paused | State::Refused | State::Stopped => Ok((State::Starting, &[Effect::Boot])),
         State::Starting => Ok((state, &[])),
         State::Creating
+        | State::Capturing
+        | State::Copying
         | State::Freezing
         | State::Persisting
         | State::Durable
@@ -230,9 +251,29 @@ fn pause(state: State) -> Result<Step, Denied> {
         | State::Durable
         | State::Evicting
         | State::Paused
+        | State::Copying
         | State::Refused => Ok((state, &[])),
-        State::Creating | State::Starting | State::Waking => Err(Denied::Busy),
+        State::Creating | State::Starting | State::Waking | State::Capturing => Err(Denied::Busy),
         State::Stopped => Err(Denied::NotReady),
+        State::Deleting | State::Gone => Err(Denied::Deleting),
+    }
+}
+
+fn snapshot(state: State) -> Result<Step, Denied> {
+    match state {
+        State::Running => Ok((State::Capturing, &[Effect::Capture])),
+        State::Paused => Ok((State::Copying, &[Effect::Copy])),
+        State::Creating
+        | State::Starting
+        | State::Capturing
+        | State::Freezing
+        | State::Persisting
+        | State::Durable
+        | State::Evicting
+        | State::Copying
+        | State::Waking => Err(Denied::Busy),
+        // There is no memory, or none that can be used.
+        State::Refused | State::Stopped => Err(Denied::NotReady),
         State::Deleting | State::Gone => Err(Denied::Deleting),
     }
 }
@@ -260,6 +301,8 @@ fn outcome(state: State, event: Event) -> Result<Step, Denied> {
         Event::PersistFailed => (&[State::Persisting], (State::Waking, &[E::Run])),
         Event::PauseCommitted => (&[State::Durable], (State::Evicting, &[E::Evict])),
         Event::PauseNotCommitted => (&[State::Durable], (State::Waking, &[E::Run])),
+        Event::Captured => (&[State::Capturing], (State::Running, &[])),
+        Event::Copied => (&[State::Copying], (State::Paused, &[])),
         Event::Evicted => (&[State::Evicting], (State::Paused, &[])),
         Event::Deleted => (&[State::Deleting], (State::Gone, &[])),
         Event::DeleteFailed => (&[State::Deleting], (State::Deleting, &[])),
@@ -267,6 +310,7 @@ fn outcome(state: State, event: Event) -> Result<Step, Denied> {
         | Event::Resume
         | Event::BootFromDisk
         | Event::Pause
+        | Event::Snapshot
         | Event::Delete
         | Event::ShutDown
         | Event::Rebooted
@@ -283,12 +327,18 @@ fn outcome(state: State, event: Event) -> Result<Step, Denied> {
 /// The guest or its VMM ended by itself.
 fn ended(state: State, step: Step) -> Result<Step, Denied> {
     match state {
-        State::Running | State::Freezing | State::Persisting | State::Durable | State::Waking => Ok(step),
+        State::Running
+        | State::Capturing
+        | State::Freezing
+        | State::Persisting
+        | State::Durable
+        | State::Waking => Ok(step),
         // No execution was handed over yet, or it is being ended on purpose.
         State::Creating
         | State::Starting
         | State::Evicting
         | State::Paused
+        | State::Copying
         | State::Refused
         | State::Stopped
         | State::Deleting
@@ -298,15 +348,17 @@ fn ended(state: State, step: Step) -> Result<Step, Denied> {
 
 impl State {
     /// All of them, in the order of a life.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::Creating,
         Self::Starting,
         Self::Running,
+        Self::Capturing,
         Self::Freezing,
         Self::Persisting,
         Self::Durable,
         Self::Evicting,
         Self::Paused,
+        Self::Copying,
         Self::Refused,
         Self::Waking,
         Self::Stopped,
@@ -319,9 +371,9 @@ impl State {
     pub fn status(self) -> MachineStatus {
         match self {
             Self::Creating | Self::Starting => MachineStatus::Starting,
-            Self::Running => MachineStatus::Running,
+            Self::Running | Self::Capturing => MachineStatus::Running,
             Self::Freezing | Self::Persisting | Self::Durable => MachineStatus::Pausing,
-            Self::Evicting | Self::Paused | Self::Refused => MachineStatus::Paused,
+            Self::Evicting | Self::Paused | Self::Copying | Self::Refused => MachineStatus::Paused,
             Self::Waking => MachineStatus::Waking,
             Self::Stopped => MachineStatus::Stopped,
             Self::Deleting | Self::Gone => MachineStatus::Deleting,
@@ -336,10 +388,12 @@ impl State {
             Self::Creating
             | Self::Starting
             | Self::Running
+            | Self::Capturing
             | Self::Freezing
             | Self::Persisting
             | Self::Durable
             | Self::Evicting
+            | Self::Copying
             | Self::Waking
             | Self::Deleting => false,
         }
@@ -348,11 +402,12 @@ impl State {
 
 impl Event {
     /// All of them.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 27] = [
         Self::Wake,
         Self::Resume,
         Self::BootFromDisk,
         Self::Pause,
+        Self::Snapshot,
         Self::Delete,
         Self::Booted,
         Self::BootFailed,
@@ -366,6 +421,8 @@ impl Event {
         Self::PauseCommitted,
         Self::PauseNotCommitted,
         Self::Ran,
+        Self::Captured,
+        Self::Copied,
         Self::Evicted,
         Self::ShutDown,
         Self::Rebooted,

@@ -4,6 +4,7 @@ mod faults;
 mod leases;
 mod oracle;
 mod restart;
+mod snapshots;
 mod wake;
 
 use super::clock::ManualClock;

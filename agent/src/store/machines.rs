@@ -7,7 +7,7 @@ use crate::machine::hypervisor::MachineSpec;
 use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::BTreeMap;
 use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
-use torpor_api::{LeasePolicy, MachineId, MachineName, ids::spellings};
+use torpor_api::{LeasePolicy, MachineId, MachineName, SnapshotId, ids::spellings};
 
 /// A machine about to be created.
 #[derive(Debug, Clone)]
@@ -28,6 +28,10 @@ pub struct NewMachine {
     pub env: BTreeMap<String, String>,
     /// Working directory of commands that name none.
     pub cwd: Option<String>,
+    /// The snapshot that it goes on from.
+    pub snapshot: Option<SnapshotId>,
+    /// Nobody is to see it; a restart deletes it.
+    pub hidden: bool,
     /// A repeat of the same call answers the same machine.
     pub idempotency: Option<Idempotency>,
     /// Goes to the events table in the same transaction.
@@ -63,8 +67,8 @@ pub enum Created {
 
 const INSERT_MACHINE: &str = "INSERT INTO machines (id, name, template, template_digest, vcpus, mem_mib, disk_mib, \
      state, lease_seconds, lease_action, lease_mode, wake_http, wake_ssh, wake_tcp, wake_api, metadata, \
-     created_unix_ms, last_used_unix_ms, env, cwd) \
-     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16, ?17, ?18)";
+     created_unix_ms, last_used_unix_ms, env, cwd, snapshot_id, hidden) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16, ?17, ?18, ?19, ?20)";
 
 impl Store {
     /// A new row in state `creating`, with its services and its ID as an alias.
@@ -165,7 +169,7 @@ impl Store {
             };
             // Every wanted pair has to be among the machine's own.
             let query = format!(
-                "SELECT {} FROM machines WHERE seq > ?1 AND (?3 IS NULL OR template = ?3) AND NOT EXISTS \
+                "SELECT {} FROM machines WHERE seq > ?1 AND hidden = 0 AND (?3 IS NULL OR template = ?3) AND NOT EXISTS \
                  (SELECT 1 FROM json_each(?4) AS wanted WHERE NOT EXISTS (SELECT 1 FROM json_each(machines.metadata) \
                  AS own WHERE own.key = wanted.key AND own.value = wanted.value)) ORDER BY seq LIMIT ?2",
                 rows::MACHINE_COLUMNS
@@ -215,6 +219,28 @@ impl Store {
             collect(tx, &query, [])
         })
         .await
+    }
+
+    /// Hidden machines were of a torpord that is gone: let recovery delete them.
+    ///
+    /// # Errors
+    /// SQLite refuses.
+    pub async fn doom_hidden(&self) -> Result<(), StoreError> {
+        self.write("doom hidden machines", |tx| {
+            tx.execute("UPDATE machines SET state = 'deleting' WHERE hidden = 1", [])
+                .map(drop)
+                .map_err(sql("doom hidden machines"))
+        })
+        .await
+    }
+
+    /// The machine that was made with this Idempotency-Key.
+    ///
+    /// # Errors
+    /// The key was used with another body, or SQLite refuses.
+    pub async fn machine_of_key(&self, key: Idempotency) -> Result<Option<MachineId>, StoreError> {
+        self.read("look up an Idempotency-Key", move |tx| used_before(tx, &key))
+            .await
     }
 
     /// Number of machines by committed state.
@@ -381,6 +407,8 @@ fn insert_machine(connection: &Connection, new: &NewMachine) -> Result<(), Store
             new.event.at_unix_ms,
             serde_json::json!(new.env).to_string(),
             new.cwd,
+            new.snapshot.as_ref().map(SnapshotId::as_str),
+            new.hidden,
         ],
     );
     match inserted {

@@ -7,7 +7,7 @@ use rusqlite::{Connection, OptionalExtension, Row, params};
 use std::collections::BTreeMap;
 use std::str::FromStr;
 use torpor_api::http::{LastError, ServiceAuth, ServiceKind, WakePolicy};
-use torpor_api::{ExecutionId, LeaseAction, LeaseMode, LeasePolicy, MachineId, MachineName};
+use torpor_api::{ExecutionId, LeaseAction, LeaseMode, LeasePolicy, MachineId, MachineName, SnapshotId};
 
 /// What is committed of a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +38,8 @@ pub struct MachineRow {
     pub env: BTreeMap<String, String>,
     /// Working directory of commands that name none.
     pub cwd: Option<String>,
+    /// The snapshot that it was made from.
+    pub snapshot: Option<SnapshotId>,
     /// Exposed services, by name.
     pub services: Vec<ServiceRow>,
     /// Number of completed pauses.
@@ -72,7 +74,7 @@ pub struct ServiceRow {
 pub(super) const MACHINE_COLUMNS: &str = "id, name, template, template_digest, vcpus, mem_mib, disk_mib, state, \
      generation, execution_id, image_generation, lease_seconds, lease_action, lease_mode, deadline_unix_ms, \
      wake_http, wake_ssh, wake_tcp, wake_api, metadata, pauses, wakes, last_error, created_unix_ms, last_used_unix_ms, \
-     env, cwd, last_execution_id";
+     env, cwd, last_execution_id, snapshot_id";
 
 /// The machine's row with its services.
 pub(super) fn machine(connection: &Connection, id: &MachineId) -> Result<Option<MachineRow>, StoreError> {
@@ -145,6 +147,7 @@ pub(super) fn decode_machine(row: &Row<'_>) -> Result<MachineRow, StoreError> {
         metadata: decode_json(&get::<String>(row, "metadata")?, "metadata")?,
         env: decode_json(&get::<String>(row, "env")?, "env")?,
         cwd: get(row, "cwd")?,
+        snapshot: parse_optional(get(row, "snapshot_id")?, "snapshot_id")?,
         services: Vec::new(),
         pauses: get(row, "pauses")?,
         wakes: get(row, "wakes")?,
@@ -241,7 +244,10 @@ pub(super) fn parse_optional<T: FromStr>(
     text.map(|text| parse(&text, column)).transpose()
 }
 
-fn decode_json<T: serde::de::DeserializeOwned>(text: &str, column: &'static str) -> Result<T, StoreError> {
+pub(super) fn decode_json<T: serde::de::DeserializeOwned>(
+    text: &str,
+    column: &'static str,
+) -> Result<T, StoreError> {
     serde_json::from_str(text).map_err(|_| bad("machines", column, text))
 }
 

@@ -26,7 +26,7 @@ CREATE TABLE machines (
     last_error       TEXT,
     created_unix_ms  INTEGER NOT NULL,
     last_used_unix_ms INTEGER NOT NULL
-, env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT) STRICT;
+, env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT, snapshot_id TEXT, hidden INTEGER NOT NULL DEFAULT 0) STRICT;
 
 CREATE INDEX machines_state ON machines (state);
 
@@ -106,3 +106,35 @@ CREATE TABLE grants (
 CREATE INDEX grants_machine ON grants (machine_id, port, seq);
 
 CREATE INDEX grants_revoked ON grants (expires_unix_ms) WHERE revoked_unix_ms IS NOT NULL;
+CREATE TABLE snapshots (
+    seq              INTEGER PRIMARY KEY AUTOINCREMENT,
+    id               TEXT    NOT NULL UNIQUE,
+    name             TEXT    UNIQUE,
+    purpose          TEXT    NOT NULL CHECK (purpose IN ('user', 'fork', 'warm')),
+    state            TEXT    NOT NULL CHECK (state IN ('creating', 'ready', 'deleting')),
+    machine_id       TEXT    NOT NULL,
+    execution_id     TEXT,
+    digest           TEXT    UNIQUE,
+    template         TEXT    NOT NULL,
+    template_digest  TEXT    NOT NULL,
+    vcpus            INTEGER NOT NULL,
+    mem_mib          INTEGER NOT NULL,
+    disk_mib         INTEGER NOT NULL,
+    size_bytes       INTEGER NOT NULL DEFAULT 0,
+    metadata         TEXT    NOT NULL,
+    retention_seconds INTEGER,
+    expires_unix_ms  INTEGER,
+    created_unix_ms  INTEGER NOT NULL,
+    last_used_unix_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX snapshots_machine ON snapshots (machine_id);
+CREATE INDEX snapshots_expires ON snapshots (expires_unix_ms) WHERE expires_unix_ms IS NOT NULL;
+
+CREATE TABLE snapshot_keys (
+    key             TEXT PRIMARY KEY,
+    body_digest     TEXT    NOT NULL,
+    snapshot_id     TEXT    NOT NULL REFERENCES snapshots (id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+
+CREATE INDEX snapshot_keys_snapshot ON snapshot_keys (snapshot_id);

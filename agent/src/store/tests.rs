@@ -54,6 +54,8 @@ fn new_machine(name: Option<&str>) -> NewMachine {
         metadata: BTreeMap::from([("k".to_owned(), "v".to_owned())]),
         env: BTreeMap::from([("E".to_owned(), "1".to_owned())]),
         cwd: Some("/srv".to_owned()),
+        snapshot: None,
+        hidden: false,
         idempotency: None,
     }
 }

@@ -1,7 +1,7 @@
 //! The options of each command.
 
 use crate::parse::{self, Publish};
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
 use torpor_api::{LeaseAction, LeaseMode, LeasePolicy, MachineName};
@@ -20,6 +20,9 @@ pub(crate) struct Create {
     /// What to start from
     #[arg(long, default_value = "base")]
     pub(crate) template: String,
+    /// Go on from a snapshot, whose shape it has, instead
+    #[arg(long, value_name = "SNAPSHOT", conflicts_with_all = ["template", "vcpus", "mem", "disk"])]
+    pub(crate) snapshot: Option<String>,
     /// Number of vCPUs
     #[arg(long, default_value_t = 1)]
     pub(crate) vcpus: u8,
@@ -94,6 +97,66 @@ pub(crate) enum Traffic {
     Ssh,
     Tcp,
     Api,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Snapshots {
+    /// Take a snapshot of a running or paused machine
+    #[command(
+        after_help = "Examples:\n  torpor snapshot create web\n  torpor snapshot create web --name before --keep 7d"
+    )]
+    Create {
+        /// Name, machine ID or execution ID
+        machine: String,
+        /// A label of its own: a-z, 0-9 and -, beginning with a letter
+        #[arg(long)]
+        name: Option<MachineName>,
+        /// What it holds, in your words; a snapshot that has it already is printed instead
+        #[arg(long)]
+        digest: Option<String>,
+        /// Delete it when it was not used for so long
+        #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+        keep: Option<Duration>,
+        /// Free key and value; may be repeated
+        #[arg(long = "meta", value_name = "KEY=VALUE", value_parser = parse::pair)]
+        metadata: Vec<(String, String)>,
+    },
+    /// List the snapshots
+    #[command(
+        visible_alias = "list",
+        after_help = "Examples:\n  torpor snapshot ls\n  torpor snapshot ls web"
+    )]
+    Ls {
+        /// Only those of this machine
+        machine: Option<String>,
+    },
+    /// Delete snapshots; machines that were made from them keep what they have
+    #[command(
+        visible_alias = "delete",
+        after_help = "Examples:\n  torpor snapshot rm before"
+    )]
+    Rm {
+        /// Names or snapshot IDs
+        #[arg(required = true)]
+        snapshots: Vec<String>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Fork {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// How many
+    #[arg(long, short = 'n', default_value_t = 1)]
+    pub(crate) count: u32,
+    /// How long each stays awake; as long as the source if not given
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) lease: Option<Duration>,
+    #[command(flatten)]
+    pub(crate) lease_options: LeaseOptions,
+    /// Keep the snapshot that they are made from
+    #[arg(long)]
+    pub(crate) keep_snapshot: bool,
 }
 
 #[derive(Debug, Args)]

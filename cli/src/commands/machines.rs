@@ -32,6 +32,7 @@ fn body_of(create: Create) -> CreateMachine {
     CreateMachine {
         name: create.name,
         template: create.template,
+        snapshot: create.snapshot,
         vcpus: create.vcpus,
         mem_mib: create.mem,
         disk_mib: create.disk,

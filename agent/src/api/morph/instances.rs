@@ -140,6 +140,7 @@ pub(super) async fn start(
     let create = CreateMachine {
         name: None,
         template: images::template(&fleet, &source).await?,
+        snapshot: None,
         vcpus: DEFAULT_VCPUS,
         mem_mib: DEFAULT_MEMORY_MIB,
         disk_mib: None,

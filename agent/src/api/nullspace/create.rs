@@ -154,6 +154,7 @@ impl Create {
         let create = CreateMachine {
             name: None,
             template: self.template.unwrap_or_else(|| "base".to_owned()),
+            snapshot: None,
             vcpus: self.vcpus.unwrap_or(1),
             mem_mib: self.memory_mb.unwrap_or(256),
             disk_mib: self.disk_mb,

@@ -2,7 +2,7 @@
 
 use super::super::error::MachineError;
 use super::super::fleet::Shared;
-use super::super::hypervisor::{Execution, HypervisorError, MachineSpec, Ran};
+use super::super::hypervisor::{Execution, HypervisorError, MachineSpec, Ran, WakeStages};
 use super::super::state::{Committed, Effect, Event};
 use super::operation::{Operation, Outcome, Up, WakeReport};
 use super::{Driver, Need};
@@ -10,7 +10,7 @@ use crate::store::NewEvent;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
-use torpor_api::{ErrorCode, ExecutionId};
+use torpor_api::{ErrorCode, ExecutionId, SnapshotId};
 
 /// How often a VMM is asked to set its guest free, and how long apart.
 const RUN_TRIES: u32 = 3;
@@ -35,13 +35,15 @@ impl Driver {
             Effect::Persist => self.begin_persist(),
             Effect::CommitPause => self.begin_commit_pause(),
             Effect::Run => self.begin_run(),
+            Effect::Capture => self.begin_capture(),
+            Effect::Copy => self.begin_copy(),
             Effect::Evict => self.begin_evict(),
             Effect::Delete => self.begin_delete().await,
         }
     }
 
     /// Beginning an operation drops the one before, except a commit: that lands all the same.
-    fn begin(&mut self, effect: Effect, future: impl Future<Output = Outcome> + Send + 'static) {
+    pub(super) fn begin(&mut self, effect: Effect, future: impl Future<Output = Outcome> + Send + 'static) {
         self.put_aside_commit();
         self.operation = Some(Operation::new(effect, future));
     }
@@ -59,6 +61,7 @@ impl Driver {
             spec: self.row.spec.clone(),
             generation: self.row.image_generation,
             asked: self.wake.asked,
+            from: None,
         }
     }
 
@@ -73,7 +76,11 @@ impl Driver {
         if !matches!(self.row.committed, Committed::Creating | Committed::Stopped) {
             self.commit_before_boot(event).await;
         }
-        self.begin(Effect::Boot, boot(Arc::clone(&self.shared), self.up_order()));
+        let mut order = self.up_order();
+        if self.row.committed == Committed::Creating {
+            order.from.clone_from(&self.row.snapshot);
+        }
+        self.begin(Effect::Boot, boot(Arc::clone(&self.shared), order));
     }
 
     fn begin_freeze(&mut self) {
@@ -190,7 +197,7 @@ async fn delete(
 }
 
 /// A guest that cannot be set free is lost, so a VMM that is alive is asked more than once.
-async fn set_free(execution: &dyn Execution) -> Result<Ran, HypervisorError> {
+pub(super) async fn set_free(execution: &dyn Execution) -> Result<Ran, HypervisorError> {
     let mut n_tries = 1;
     loop {
         match execution.run().await {
@@ -209,6 +216,8 @@ struct UpOrder {
     spec: MachineSpec,
     generation: u64,
     asked: Instant,
+    /// The snapshot that a new machine goes on from.
+    from: Option<SnapshotId>,
 }
 
 async fn admit(shared: &Shared, mem_mib: u32) -> Result<OwnedSemaphorePermit, MachineError> {
@@ -236,20 +245,57 @@ async fn boot(shared: Arc<Shared>, order: UpOrder) -> Outcome {
     };
     let admitted = began.elapsed();
     let id = ExecutionId::generate();
-    match shared.hypervisor.boot(&order.spec, &id).await {
+    let first = match &order.from {
+        Some(snapshot) => go_on_from(&shared, snapshot, &order.spec, &id).await,
+        None => shared.hypervisor.boot(&order.spec, &id).await.map(First::booted),
+    };
+    match first {
         Err(error) => Outcome::Booted(Err(error.into())),
-        Ok(execution) => Outcome::Booted(Ok(Up {
-            execution,
+        Ok(first) => Outcome::Booted(Ok(Up {
+            execution: first.execution,
+            image_generation: first.image_generation,
             permit,
             report: WakeReport {
                 execution: id,
                 decided: began.saturating_duration_since(order.asked),
                 admitted,
-                stages: None,
+                stages: first.stages,
                 running: began.elapsed(),
             },
         })),
     }
+}
+
+/// The first execution of a machine.
+struct First {
+    execution: Arc<dyn Execution>,
+    stages: Option<WakeStages>,
+    image_generation: u64,
+}
+
+impl First {
+    fn booted(execution: Arc<dyn Execution>) -> Self {
+        Self {
+            execution,
+            stages: None,
+            image_generation: 0,
+        }
+    }
+}
+
+async fn go_on_from(
+    shared: &Shared,
+    snapshot: &SnapshotId,
+    spec: &MachineSpec,
+    id: &ExecutionId,
+) -> Result<First, HypervisorError> {
+    let generation = shared.hypervisor.clone_snapshot(snapshot, spec).await?;
+    let (execution, stages) = shared.hypervisor.restore(spec, id, generation).await?;
+    Ok(First {
+        execution,
+        stages: Some(stages),
+        image_generation: generation,
+    })
 }
 
 async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
@@ -268,6 +314,7 @@ async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
         Err(error) => Outcome::Restored(Err(error)),
         Ok((execution, stages)) => Outcome::Restored(Ok(Up {
             execution,
+            image_generation: order.generation,
             permit,
             report: WakeReport {
                 execution: id,
@@ -280,6 +327,6 @@ async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
     }
 }
 
-fn no_execution() -> HypervisorError {
+pub(super) fn no_execution() -> HypervisorError {
     HypervisorError::new(ErrorCode::Internal, "the machine has no live execution")
 }

@@ -3,7 +3,7 @@
 use super::super::error::{MachineError, chain};
 use super::super::hypervisor::{Execution, FreezeTrace, HypervisorError, Ran, WakeStages};
 use super::super::state::{Effect, Event};
-use super::Driver;
+use super::{Driver, Staged};
 use crate::store::{MachineRow, StoreError};
 use std::future::Future;
 use std::pin::Pin;
@@ -32,6 +32,8 @@ impl Operation {
 pub(super) struct Up {
     pub(super) execution: Arc<dyn Execution>,
     pub(super) permit: OwnedSemaphorePermit,
+    /// Generation of the image that it came from; 0 if it booted.
+    pub(super) image_generation: u64,
     pub(super) report: WakeReport,
 }
 
@@ -43,6 +45,9 @@ pub(super) enum Outcome {
     Persisted(Result<PersistStats, HypervisorError>),
     PauseCommitted(Box<Result<MachineRow, StoreError>>),
     Ran(Result<Ran, HypervisorError>),
+    /// What came of the snapshot, and whether the guest runs again.
+    Captured(Result<Staged, MachineError>, Result<Ran, HypervisorError>),
+    Copied(Result<Staged, MachineError>),
     Evicted,
     Deleted(Result<(), MachineError>),
 }
@@ -131,6 +136,8 @@ impl Driver {
                 Event::Ran
             }
             Outcome::Ran(Err(error)) => self.run_failed(&error).await,
+            Outcome::Captured(staged, ran) => self.captured(staged, ran).await,
+            Outcome::Copied(staged) => self.copied(staged),
             Outcome::Evicted => {
                 self.let_go();
                 Event::Evicted
@@ -152,6 +159,7 @@ impl Driver {
     }
 
     fn came_up(&mut self, up: Up, event: Event) -> Event {
+        self.image_floor = self.image_floor.max(up.image_generation);
         self.hold(up.execution, Some(up.permit));
         self.report = Some(Arc::new(up.report));
         event
@@ -173,7 +181,7 @@ impl Driver {
     }
 
     /// A VMM that cannot be set free is given up; its end decides what is left.
-    async fn run_failed(&mut self, error: &HypervisorError) -> Event {
+    pub(super) async fn run_failed(&mut self, error: &HypervisorError) -> Event {
         let told = self.exit.as_ref().and_then(|exit| exit.borrow().clone());
         if let Some(epoch) = self.epoch.clone() {
             epoch.execution.quit().await;

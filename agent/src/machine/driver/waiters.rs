@@ -3,11 +3,11 @@
 use super::super::error::MachineError;
 use super::super::gate::{Gate, Pass};
 use super::super::state::{Event, State, next};
-use super::{Driver, WakeReport};
+use super::{Driver, Staged, WakeReport};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::oneshot;
-use torpor_api::{ErrorCode, MachineId};
+use torpor_api::{ErrorCode, MachineId, SnapshotId};
 use torpor_proxy::Activity;
 
 /// What a wake is wanted for.
@@ -94,6 +94,8 @@ pub enum Command {
     Wake(WakeOrder, Reply<Woken>),
     /// Put it to sleep; answered when it is evicted.
     Pause(PauseOrder, Reply<()>),
+    /// Take a snapshot of it under this ID; answered when its files are in place.
+    Snapshot(SnapshotId, Reply<Staged>),
     /// Delete it; answered when nothing of it is left.
     Delete(PauseOrder, Reply<()>),
 }
@@ -103,6 +105,7 @@ impl Command {
     pub fn refuse(self, error: MachineError) {
         match self {
             Self::Wake(_, reply) => drop(reply.send(Err(error))),
+            Self::Snapshot(_, reply) => drop(reply.send(Err(error))),
             Self::Pause(_, reply) | Self::Delete(_, reply) => drop(reply.send(Err(error))),
         }
     }
@@ -174,6 +177,7 @@ impl Driver {
         match command {
             Command::Wake(order, reply) => self.on_wake(order, reply).await,
             Command::Pause(order, reply) => self.on_pause(order, reply).await,
+            Command::Snapshot(id, reply) => self.on_snapshot(id, reply).await,
             Command::Delete(order, reply) => self.on_delete(order, reply).await,
         }
     }
@@ -239,7 +243,7 @@ impl Driver {
     }
 
     /// A refused image is told as it was when it was refused.
-    fn refusal(&self, operation: &str, denied: super::state::Denied) -> MachineError {
+    pub(super) fn refusal(&self, operation: &str, denied: super::state::Denied) -> MachineError {
         match (denied, &self.row.last_error) {
             (super::state::Denied::ImageRefused, Some(last)) => {
                 MachineError::new(last.code, last.message.clone())
@@ -250,12 +254,13 @@ impl Driver {
 
     /// Answer whoever can be answered where the machine stands now; an event if somebody wants more of it.
     pub(super) fn settle(&mut self) -> Option<Event> {
+        self.refuse_snapshots();
         match self.state {
             State::Running => {
                 let error = self.failure.take().unwrap_or_else(|| overtaken(&self.id));
                 self.waiters.end_pauses(&Err(error));
                 self.answer_committed();
-                None
+                self.next_snapshot()
             }
             State::Paused | State::Refused => {
                 let failure = self.failure.take();
@@ -266,7 +271,7 @@ impl Driver {
                     None if !self.waiters.wakes.is_empty() => return Some(Event::Wake),
                     None => {}
                 }
-                None
+                self.next_snapshot()
             }
             State::Stopped => {
                 let stopped = || MachineError::new(ErrorCode::MachineNotReady, "the guest has powered off");
@@ -285,10 +290,12 @@ impl Driver {
                 None
             }
             State::Creating
+            | State::Capturing
             | State::Freezing
             | State::Persisting
             | State::Durable
             | State::Evicting
+            | State::Copying
             | State::Waking => None,
         }
     }

@@ -5,10 +5,9 @@ use super::super::error::MachineError;
 use super::super::hypervisor::MachineSpec;
 use super::super::state::Committed;
 use super::{Fleet, cut};
-use crate::store::{Created, Idempotency, NewMachine, ServiceRoute};
-use std::sync::Arc;
-use torpor_api::http::{CreateMachine, WakePolicy};
-use torpor_api::{ErrorCode, LeaseAction, MachineId};
+use crate::store::{Created, Idempotency, NewMachine, ServiceRoute, SnapshotRow};
+use torpor_api::http::{CreateMachine, SnapshotStatus, WakePolicy};
+use torpor_api::{ErrorCode, LeaseAction, MachineId, SnapshotId};
 
 /// A validated create call.
 #[derive(Debug, Clone)]
@@ -19,13 +18,87 @@ pub struct CreateOrder {
     pub idempotency: Option<Idempotency>,
 }
 
+/// Who gets to see a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Shown {
+    /// Whoever asks.
+    Everybody,
+    /// Nobody: it lives for the length of one call.
+    Nobody,
+}
+
+/// What a new machine begins as.
+#[derive(Debug, Clone)]
+pub(super) struct Source {
+    /// Its identity and its shape.
+    pub(super) spec: MachineSpec,
+    /// The snapshot that it goes on from; otherwise it boots.
+    pub(super) snapshot: Option<SnapshotId>,
+}
+
+impl Source {
+    /// The shape is the snapshot's; a field that says otherwise is refused.
+    pub(super) fn of_snapshot(body: &CreateMachine, row: SnapshotRow) -> Result<Self, MachineError> {
+        if row.status != SnapshotStatus::Ready {
+            let message = format!("snapshot {} is being taken", row.id);
+            return Err(MachineError::new(ErrorCode::TransitionInProgress, message));
+        }
+        let (default, spec) = (CreateMachine::default(), &row.spec);
+        let says_otherwise = [
+            (
+                "template",
+                body.template != default.template && body.template != spec.template,
+            ),
+            ("vcpus", body.vcpus != default.vcpus && body.vcpus != spec.vcpus),
+            (
+                "mem_mib",
+                body.mem_mib != default.mem_mib && body.mem_mib != spec.mem_mib,
+            ),
+            (
+                "disk_mib",
+                body.disk_mib.is_some_and(|disk_mib| disk_mib != spec.disk_mib),
+            ),
+        ];
+        if let Some((field, _)) = says_otherwise.into_iter().find(|(_, differs)| *differs) {
+            let message = format!(
+                "{field} is not that of snapshot {}, and cannot be changed",
+                row.id
+            );
+            return Err(MachineError::new(ErrorCode::InvalidRequest, message));
+        }
+        Ok(Self {
+            spec: MachineSpec {
+                id: MachineId::generate(),
+                ..row.spec
+            },
+            snapshot: Some(row.id),
+        })
+    }
+}
+
 impl Fleet {
-    /// Make a machine and boot it; answers its ID when the guest answers and its execution is committed.
+    /// Make a machine, which boots or goes on from a snapshot; answers its ID when the guest answers and its execution
+    /// is committed.
     ///
     /// # Errors
     /// Whatever failed; nothing of the machine is left then.
     pub async fn create(&self, order: CreateOrder) -> Result<MachineId, MachineError> {
-        let new = self.prepare(&order).await?;
+        let source = match &order.body.snapshot {
+            Some(text) => Source::of_snapshot(&order.body, self.snapshot_row(text).await?)?,
+            None => self.source_of_template(&order.body).await?,
+        };
+        self.create_of(order, source, Shown::Everybody).await
+    }
+
+    pub(super) async fn create_of(
+        &self,
+        order: CreateOrder,
+        source: Source,
+        shown: Shown,
+    ) -> Result<MachineId, MachineError> {
+        self.has_memory_for(u64::from(source.spec.mem_mib))?;
+        let snapshot = source.snapshot.clone();
+        let new = self.prepare(&order, source, shown);
         let id = new.spec.id.clone();
         let id = match self.shared.store.create_machine(new).await? {
             Created::New => {
@@ -42,10 +115,27 @@ impl Fleet {
             need: Need::Machine,
             ..WakeOrder::by("api")
         };
-        match self.send(&id, |reply| Command::Wake(wake.clone(), reply)).await {
-            Ok(_) => Ok(id),
-            Err(error) => self.roll_back(&id, error).await,
+        if let Err(error) = self.send(&id, |reply| Command::Wake(wake.clone(), reply)).await {
+            return self.roll_back(&id, error).await;
         }
+        if let Some(snapshot) = snapshot {
+            self.shared
+                .store
+                .use_snapshot(snapshot, self.now_unix_ms())
+                .await?;
+            self.shared.retention_changed.notify_one();
+        }
+        Ok(id)
+    }
+
+    /// Whether the host has so much memory to give now.
+    pub(super) fn has_memory_for(&self, mem_mib: u64) -> Result<(), MachineError> {
+        let free = self.shared.memory.available_permits();
+        if free < usize::try_from(mem_mib).unwrap_or(usize::MAX) {
+            let message = format!("the host has no {mem_mib} MiB of memory to give");
+            return Err(MachineError::new(ErrorCode::CapacityExceeded, message));
+        }
+        Ok(())
     }
 
     async fn roll_back(&self, id: &MachineId, error: MachineError) -> Result<MachineId, MachineError> {
@@ -57,8 +147,7 @@ impl Fleet {
         Err(error)
     }
 
-    async fn prepare(&self, order: &CreateOrder) -> Result<NewMachine, MachineError> {
-        let body = &order.body;
+    pub(super) async fn source_of_template(&self, body: &CreateMachine) -> Result<Source, MachineError> {
         let template = self
             .shared
             .hypervisor
@@ -78,13 +167,21 @@ impl Fleet {
             );
             return Err(MachineError::new(ErrorCode::InvalidRequest, message));
         }
-        if Arc::clone(&self.shared.memory).available_permits()
-            < usize::try_from(body.mem_mib).unwrap_or(usize::MAX)
-        {
-            let message = format!("the host has no {} MiB of memory to give", body.mem_mib);
-            return Err(MachineError::new(ErrorCode::CapacityExceeded, message));
-        }
-        let id = MachineId::generate();
+        Ok(Source {
+            spec: MachineSpec {
+                id: MachineId::generate(),
+                template: template.name,
+                template_digest: template.digest,
+                vcpus: body.vcpus,
+                mem_mib: body.mem_mib,
+                disk_mib,
+            },
+            snapshot: None,
+        })
+    }
+
+    fn prepare(&self, order: &CreateOrder, source: Source, shown: Shown) -> NewMachine {
+        let body = &order.body;
         let destroys = body
             .lease
             .is_some_and(|lease| lease.action == LeaseAction::Destroy);
@@ -93,17 +190,14 @@ impl Fleet {
         } else {
             WakePolicy::default()
         };
-        let detail = serde_json::json!({ "name": body.name, "template": body.template });
-        Ok(NewMachine {
-            event: self.event(&id, "machine.created", "api", detail),
-            spec: MachineSpec {
-                id,
-                template: template.name,
-                template_digest: template.digest,
-                vcpus: body.vcpus,
-                mem_mib: body.mem_mib,
-                disk_mib,
-            },
+        let detail = serde_json::json!({
+            "name": body.name,
+            "template": source.spec.template,
+            "snapshot_id": source.snapshot,
+        });
+        NewMachine {
+            event: self.event(&source.spec.id, "machine.created", "api", detail),
+            spec: source.spec,
             name: body.name.clone(),
             lease: body.lease,
             wake: body.wake.unwrap_or(default),
@@ -111,8 +205,10 @@ impl Fleet {
             metadata: body.metadata.clone(),
             env: body.env.clone(),
             cwd: body.cwd.clone(),
+            snapshot: source.snapshot,
+            hidden: shown == Shown::Nobody,
             idempotency: order.idempotency.clone(),
-        })
+        }
     }
 
     async fn listen(&self, id: &MachineId) -> Result<(), MachineError> {

@@ -120,6 +120,7 @@ impl Fleet {
             id: row.spec.id,
             name: row.name,
             template: row.spec.template,
+            snapshot_id: row.snapshot,
             vcpus: row.spec.vcpus,
             mem_mib: row.spec.mem_mib,
             disk_mib: row.spec.disk_mib,

@@ -123,6 +123,7 @@ impl SimulatedExecution {
             generation,
             memory: inner.memory,
             corrupt: false,
+            fork: false,
         };
         self.host
             .lock()

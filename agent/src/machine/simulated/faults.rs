@@ -25,6 +25,14 @@ pub enum Point {
     Quit,
     /// Before files are removed.
     DeleteFiles,
+    /// Before a snapshot's files are put in place.
+    StageSnapshot,
+    /// Before a snapshot is made durable.
+    CommitSnapshot,
+    /// Before a snapshot is removed.
+    DeleteSnapshot,
+    /// Before a machine's files are made from a snapshot.
+    CloneSnapshot,
 }
 
 /// What happens there.

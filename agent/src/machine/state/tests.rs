@@ -12,6 +12,8 @@ fn takes_time(effect: &Effect) -> bool {
         | Effect::Persist
         | Effect::CommitPause
         | Effect::Run
+        | Effect::Capture
+        | Effect::Copy
         | Effect::Evict
         | Effect::Delete => true,
         Effect::CommitRunning
@@ -36,6 +38,8 @@ fn outcomes(effect: Effect) -> &'static [Event] {
         Effect::Persist => &[Event::Persisted, Event::PersistFailed],
         Effect::CommitPause => &[Event::PauseCommitted, Event::PauseNotCommitted],
         Effect::Run => &[Event::Ran, Event::LostImageKept, Event::LostImageGone],
+        Effect::Capture => &[Event::Captured, Event::LostImageKept, Event::LostImageGone],
+        Effect::Copy => &[Event::Copied],
         Effect::Evict => &[Event::Evicted],
         Effect::Delete => &[Event::Deleted, Event::DeleteFailed],
         Effect::CommitRunning
@@ -46,11 +50,12 @@ fn outcomes(effect: Effect) -> &'static [Event] {
     }
 }
 
-const REQUESTS: [Event; 5] = [
+const REQUESTS: [Event; 6] = [
     Event::Wake,
     Event::Resume,
     Event::BootFromDisk,
     Event::Pause,
+    Event::Snapshot,
     Event::Delete,
 ];
 const ENDINGS: [Event; 4] = [
@@ -120,7 +125,9 @@ impl Model {
                 assert!(self.operation.is_some(), "{:?} and nothing under way", self.state);
             }
             MachineStatus::Paused => assert!(
-                self.state == State::Evicting || (!self.vmm && self.operation.is_none()),
+                self.state == State::Evicting
+                    || (self.state == State::Copying && !self.vmm)
+                    || (!self.vmm && self.operation.is_none()),
                 "{:?}",
                 self.state
             ),
@@ -138,7 +145,7 @@ impl Model {
 }
 
 fn step(model: &mut Model, choice: usize) -> bool {
-    let mut possible: Vec<Event> = REQUESTS[..4].to_vec();
+    let mut possible: Vec<Event> = REQUESTS[..5].to_vec();
     possible.extend(model.operation.iter().flat_map(|operation| outcomes(*operation)));
     if model.vmm && !matches!(model.operation, Some(Effect::Evict | Effect::Delete)) {
         possible.extend(ENDINGS);

@@ -115,6 +115,8 @@ async fn a_machine_that_was_being_created_is_rolled_back() {
         metadata: std::collections::BTreeMap::new(),
         env: std::collections::BTreeMap::new(),
         cwd: None,
+        snapshot: None,
+        hidden: false,
         idempotency: None,
         event,
     };
