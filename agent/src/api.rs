@@ -24,6 +24,7 @@ mod request_id;
 mod serve;
 mod services;
 mod snapshots;
+mod ssh;
 mod validate;
 
 pub use auth::{Token, TokenError};
@@ -78,6 +79,17 @@ fn routes(fleet: Fleet) -> Router {
         .route("/v1/edge-keys", get(edge::keys))
         .route("/v1/edge-keys/rotate", post(edge::rotate))
         .route("/v1/machines/{id}/exec", post(exec::run))
+        .route(
+            "/v1/machines/{id}/ssh-key",
+            get(ssh::machine_key).post(ssh::rotate_machine_key),
+        )
+        .route("/v1/machines/{id}/ssh-access", post(ssh::grant))
+        .route("/v1/ssh", get(ssh::gateway))
+        .route("/v1/ssh-keys", get(ssh::keys).post(ssh::add_key))
+        .route(
+            "/v1/ssh-keys/{id}",
+            get(ssh::key).patch(ssh::rename_key).delete(ssh::remove_key),
+        )
         .route("/v1/machines/{id}/logs", get(machines::logs))
         .route("/v1/machines/{id}/events", get(events::of_machine))
         .route("/v1/events", get(events::of_host))

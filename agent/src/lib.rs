@@ -5,6 +5,7 @@
 //! * [`store`] – all SQL.
 //! * [`edge`] – who is let in: keys, tokens, revocations, counters of signed URLs.
 //! * [`api`] – HTTP to machine, error to response.
+//! * [`ssh`] – keys, certificates, and the SSH gateway's way to machines.
 //! * [`execution`], [`vmm_client`], [`guest_client`], [`net`], [`images`] – the platform: VMM processes, guest
 //!   agents, network slots, files.
 
@@ -16,6 +17,7 @@ pub mod guest_client;
 pub mod images;
 pub mod machine;
 pub mod net;
+pub mod ssh;
 pub mod store;
 pub mod vmm_client;
 pub mod waker;

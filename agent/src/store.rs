@@ -17,6 +17,7 @@ mod machines;
 mod rows;
 mod services;
 mod snapshots;
+mod ssh;
 mod transition;
 
 pub use edge::{EdgeKeyRow, GrantRow, GrantUsage};
@@ -26,6 +27,7 @@ pub use machines::{Created, Idempotency, MachineFilter, NewMachine};
 pub use rows::{MachineRow, ServiceRow};
 pub use services::{SERVICE_PORTS, ServiceRoute};
 pub use snapshots::{NewSnapshot, SnapshotCreated, SnapshotFilter, SnapshotPurpose, SnapshotRow};
+pub use ssh::{MAX_SSH_KEYS, SshProof};
 pub use transition::{LeaseChange, Transition};
 
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
@@ -41,6 +43,7 @@ const MIGRATIONS: &[M<'static>] = &[
     M::up(include_str!("store/migrations/0002_machine_defaults.sql")),
     M::up(include_str!("store/migrations/0003_edge.sql")),
     M::up(include_str!("store/migrations/0004_snapshots.sql")),
+    M::up(include_str!("store/migrations/0005_ssh.sql")),
 ];
 
 /// Why the store could not.

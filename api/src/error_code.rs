@@ -94,6 +94,10 @@ error_codes! {
     ExecTimeout = "exec_timeout", 504, false, "Give the command a longer timeout, or run it in the background.";
     /// The guest agent does not answer.
     GuestUnreachable = "guest_unreachable", 502, true, "Look at the machine's console with GET /v1/machines/{id}/logs.";
+    /// No registered key has this ID.
+    SshKeyNotFound = "ssh_key_not_found", 404, false, "List the registered keys with GET /v1/ssh-keys.";
+    /// torpord has no SSH gateway.
+    SshDisabled = "ssh_disabled", 409, false, "Give the SSH gateway an address in torpord's configuration, as ssh.listen.";
     /// Known operation, not built yet.
     NotImplemented = "not_implemented", 501, false, "See the release notes for what this version can do.";
     /// A defect of Torpor.

@@ -1,8 +1,10 @@
 //! Bodies of the native HTTP API under `/v1`. Requests reject unknown fields.
 
 mod edge;
+mod ssh;
 
 pub use edge::*;
+pub use ssh::*;
 
 use crate::ids::{ExecutionId, MachineId, MachineName, SnapshotId};
 use crate::lease::{Lease, LeasePolicy};

@@ -102,6 +102,12 @@ generated_id!(
 generated_id!(
     /// Leave to use one service through a signed URL.
     GrantId, "pvg");
+generated_id!(
+    /// A registered SSH key.
+    SshKeyId, "sshkey");
+generated_id!(
+    /// Somebody's right to enter a machine by SSH for a while.
+    AccessId, "acc");
 
 /// Prefixes under which a machine is known outside, each with those that stand for it inside: a machine of the
 /// Morph API, and an execution or the memory of one in the Nullspace API.

@@ -13,5 +13,5 @@ pub mod limits;
 pub mod vmm;
 
 pub use error_code::{ApiError, ErrorCode};
-pub use ids::{ExecutionId, GrantId, IdError, MachineId, MachineName, SnapshotId};
+pub use ids::{AccessId, ExecutionId, GrantId, IdError, MachineId, MachineName, SnapshotId, SshKeyId};
 pub use lease::{Lease, LeaseAction, LeaseMode, LeasePolicy};

@@ -52,6 +52,12 @@ impl Token {
         Ok(Self(digest(text.as_bytes())))
     }
 
+    /// This text as a token.
+    #[must_use]
+    pub fn of(text: &str) -> Self {
+        Self(digest(text.as_bytes()))
+    }
+
     /// Whether this is what was sent.
     #[must_use]
     pub fn is(&self, sent: &[u8]) -> bool {

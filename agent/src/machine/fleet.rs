@@ -4,6 +4,7 @@
 //! drivers show; they start no driver and wake nothing.
 
 mod create;
+mod entry;
 mod fork;
 mod grants;
 mod policy;
@@ -24,10 +25,10 @@ use super::gate::Gate;
 use super::hypervisor::Hypervisor;
 use super::registry::{Handle, Registry};
 use super::routes::Routes;
-use super::state::State;
 use crate::edge::Edge;
+use crate::ssh::Door;
 use crate::store::{MachineRow, NewEvent, Store};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -108,6 +109,7 @@ pub struct Shared {
     pub(super) clock: Arc<dyn Clock>,
     pub(super) registry: Registry,
     pub(super) routes: Arc<Routes>,
+    pub(super) ssh: OnceLock<Arc<Door>>,
     pub(super) memory: Arc<Semaphore>,
     pub(super) edge: Edge,
     pub(super) leases_changed: Notify,
@@ -148,6 +150,7 @@ impl Fleet {
                 clock,
                 registry: Registry::default(),
                 routes: Arc::default(),
+                ssh: OnceLock::new(),
                 memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
                 edge: Edge::default(),
                 leases_changed: Notify::new(),
@@ -234,21 +237,7 @@ impl Fleet {
                 activity,
             });
         }
-        let (row, live) = self.look(id).await?;
-        let state = live
-            .and_then(|live| live.state)
-            .unwrap_or_else(|| row.committed.at_rest());
-        let asleep = !matches!(
-            state,
-            State::Running | State::Capturing | State::Creating | State::Starting | State::Waking
-        );
-        if asleep && !source.allowed_by(row.wake) {
-            let message = format!(
-                "machine {id} is asleep, and its wake switch for {} is off",
-                source.actor()
-            );
-            return Err(MachineError::new(ErrorCode::AutoResumeDisabled, message));
-        }
+        self.check_entry(id, source).await?;
         let order = WakeOrder {
             cause,
             ..WakeOrder::by(source.actor())

@@ -1,0 +1,58 @@
+//! Whether somebody may come in, and the SSH gateway's door.
+
+use super::super::error::MachineError;
+use super::super::state::State;
+use super::{Fleet, WakeSource};
+use crate::ssh::Door;
+use std::sync::Arc;
+use torpor_api::{ErrorCode, MachineId};
+
+impl Fleet {
+    /// Whether this traffic may reach the machine as it is now: awake, or with its wake switch on. Wakes nothing.
+    ///
+    /// # Errors
+    /// `machine_paused_auto_resume_disabled`, or there is no such machine.
+    pub async fn check_entry(&self, id: &MachineId, source: WakeSource) -> Result<(), MachineError> {
+        let (row, live) = self.look(id).await?;
+        let state = live
+            .and_then(|live| live.state)
+            .unwrap_or_else(|| row.committed.at_rest());
+        let asleep = !matches!(
+            state,
+            State::Running | State::Capturing | State::Creating | State::Starting | State::Waking
+        );
+        if asleep && !source.allowed_by(row.wake) {
+            let message = format!(
+                "machine {id} is asleep, and its wake switch for {} is off",
+                source.actor()
+            );
+            return Err(MachineError::new(ErrorCode::AutoResumeDisabled, message));
+        }
+        Ok(())
+    }
+
+    /// Write down what happened to a machine; a failure to do so is logged and nothing else.
+    pub async fn record(
+        &self,
+        id: &MachineId,
+        kind: &'static str,
+        actor: &'static str,
+        detail: serde_json::Value,
+    ) {
+        let event = self.event(id, kind, actor, detail);
+        if let Err(error) = self.store().append_event(event).await {
+            tracing::warn!(machine_id = %id, %error, kind, "event not recorded");
+        }
+    }
+
+    /// Say where the SSH gateway is. Only the first one counts.
+    pub fn attach_ssh(&self, door: Door) {
+        let _ = self.shared.ssh.set(Arc::new(door));
+    }
+
+    /// The SSH gateway, if there is one.
+    #[must_use]
+    pub fn ssh_door(&self) -> Option<&Arc<Door>> {
+        self.shared.ssh.get()
+    }
+}
