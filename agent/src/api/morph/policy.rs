@@ -140,19 +140,21 @@ pub(super) async fn expose(
     validate::service(&spec)?;
     let machine = to_the_end(async move {
         let services = fleet.view(&id).await?.services;
-        let moved = |service: &&torpor_api::http::Service| {
-            service.name == body.name && (service.port != spec.port || service.kind != spec.kind)
+        let patch = PatchService {
+            auth: Some(spec.auth),
+            ..PatchService::default()
         };
-        if let Some(service) = services.iter().find(moved) {
-            fleet.unexpose(&id, &service.name).await?;
-        }
-        let exposed = fleet.expose(&id, spec.clone()).await?;
-        if exposed.auth != spec.auth {
-            let patch = PatchService {
-                auth: Some(spec.auth),
-                ..PatchService::default()
-            };
-            fleet.patch_service(&id, &exposed.name, patch).await?;
+        match services.iter().find(|service| service.name == body.name) {
+            Some(service) if service.port == spec.port && service.kind == spec.kind => {
+                fleet.patch_service(&id, &service.name, patch).await?;
+            }
+            Some(service) => {
+                fleet.unexpose(&id, &service.name).await?;
+                fleet.expose(&id, spec).await?;
+            }
+            None => {
+                fleet.expose(&id, spec).await?;
+            }
         }
         Ok(fleet.view(&id).await?)
     })

@@ -1,0 +1,227 @@
+"""`morphcloud` 0.1.116, unmodified, against this host: the vendor's guide as it stands, and what people do beside it."""
+import asyncio
+import contextlib
+import json
+import os
+import time
+
+import pytest
+import sdk
+import torpor
+
+BIN = sdk.use("morph")
+
+from morphcloud.api import ApiError, MorphCloudClient  # noqa: E402
+
+COUNTER = (torpor.GUEST_DIR / "counter.py").read_text()
+
+
+@pytest.fixture(scope="module")
+def client():
+    return MorphCloudClient(api_key=os.getenv("MORPH_API_KEY"))
+
+
+@pytest.fixture(scope="module")
+def snapshot(client):
+    """What the guide calls snapshot_your_snapshot_id."""
+    return "base"
+
+
+@pytest.fixture(scope="module")
+def instance(client, snapshot):
+    instance = client.instances.start(snapshot_id=snapshot, metadata={"suite": "morph"})
+    yield instance
+    instance.stop()
+
+
+def awake(instance):
+    """The shared instance, whatever the test before left of it."""
+    instance.set_ttl(None)
+    instance.set_wake_on(wake_on_http=True, wake_on_ssh=True)
+    instance.resume()
+    assert instance.status.value == "ready"
+    return instance
+
+
+def paused(instance):
+    torpor.wait_for(lambda: (instance._refresh(), instance.status == "paused")[1], f"{instance.id} is paused")
+
+
+def serve_counter(instance, port=8080):
+    instance.exec(["python3", "-c", "import sys; open('/workspace/counter.py', 'w').write(sys.argv[1])", COUNTER])
+    instance.exec(f"cd /workspace && setsid python3 counter.py {port} 0 >counter.log 2>&1 </dev/null &")
+    url = instance.expose_http_service("agent", port)
+
+    def answers():
+        with contextlib.suppress(OSError, ValueError, torpor.ApiFailure):
+            return torpor.fetch(url)
+    torpor.wait_for(answers, "counter.py answers")
+    return url
+
+
+class AutoScalingAgent:
+    """The guide's own class, with its two mistakes about the SDK put right: a URL is a str, a status is `ready`."""
+
+    def __init__(self, snapshot_id: str, ttl_minutes: int = 15):
+        self.client = MorphCloudClient(api_key=os.getenv("MORPH_API_KEY"))
+        self.snapshot_id = snapshot_id
+        self.ttl_seconds = ttl_minutes * 60
+        self.instance = None
+
+    def start(self):
+        self.instance = self.client.instances.start(
+            snapshot_id=self.snapshot_id,
+            ttl_seconds=self.ttl_seconds,
+            ttl_action="pause"
+        )
+        print(f"Instance started: {self.instance.id}")
+        url = self.instance.expose_http_service("agent", 8080)
+        print(f"Agent URL: {url}")
+        self.instance.set_wake_on(
+            wake_on_http=True,
+            wake_on_ssh=True
+        )
+        print("Wake-on-request enabled for HTTP and SSH")
+        return url
+
+    def refresh_ttl(self):
+        if self.instance:
+            self.instance.set_ttl(
+                ttl_seconds=self.ttl_seconds,
+                ttl_action="pause"
+            )
+
+
+def test_the_guides_agent_scales_to_zero_and_wakes_with_its_memory(client, snapshot):
+    agent = AutoScalingAgent(snapshot, ttl_minutes=15)
+    url = agent.start()
+    try:
+        serve_counter(agent.instance)
+        before = torpor.fetch(url)
+        agent.instance.set_ttl(ttl_seconds=1, ttl_action="pause")
+        paused(agent.instance)
+        assert client.instances.get(agent.instance.id).status == "paused"
+        assert agent.instance.ttl.ttl_expire_at is None
+        after = torpor.fetch(url)
+        assert (after["nonce"], after["count"]) == (before["nonce"], before["count"] + 1)
+        agent.refresh_ttl()
+        now = client.instances.get(agent.instance.id)
+        assert (now.id, now.status.value) == (agent.instance.id, "ready")
+        assert now.ttl.ttl_expire_at > time.time() + 800
+    finally:
+        agent.instance.stop()
+    with pytest.raises(ApiError) as gone:
+        client.instances.get(agent.instance.id)
+    assert gone.value.status_code == 404
+
+
+def test_a_ttl_with_stop_deletes(client, snapshot):
+    instance = client.instances.start(snapshot_id=snapshot, ttl_seconds=2, ttl_action="stop")
+
+    def gone():
+        with contextlib.suppress(ApiError):
+            client.instances.get(instance.id)
+            return False
+        return True
+    torpor.wait_for(gone, "the instance is deleted")
+    assert instance.id not in [other.id for other in client.instances.list()]
+
+
+def test_exec_keeps_the_boundaries_of_arguments_and_returns_beside_children(instance):
+    awake(instance)
+    done = instance.exec("echo out; echo err >&2; exit 3")
+    assert (done.exit_code, done.stdout, done.stderr) == (3, "out\n", "err\n")
+    assert instance.exec(["printf", "%s|", "a b", "c'd", ""]).stdout == "a b|c'd||"
+    started = time.monotonic()
+    assert instance.exec("sleep 600 >/dev/null 2>&1 </dev/null & echo started").stdout == "started\n"
+    assert time.monotonic() - started < 60
+    assert "é\u2028x" in instance.exec("printf 'é\\342\\200\\250x'").stdout
+
+
+def test_a_paused_instance_answers_exec_only_with_wake_on_ssh(instance):
+    awake(instance)
+    instance.set_wake_on(wake_on_ssh=False)
+    assert (instance.wake_on.wake_on_ssh, instance.wake_on.wake_on_http) == (False, True)
+    instance.pause()
+    assert instance.status.value == "paused"
+    instance.pause()
+    with pytest.raises(ApiError) as refused:
+        instance.exec("true")
+    assert (refused.value.status_code, refused.value.error_code) == (409, "instance_paused")
+    instance.set_wake_on(wake_on_ssh=True)
+    assert instance.exec("echo awake").stdout == "awake\n"
+
+
+def test_http_without_wake_on_http_says_so_and_leaves_it_paused(instance):
+    url = serve_counter(awake(instance))
+    instance.set_wake_on(wake_on_http=False)
+    instance.pause()
+    status, headers, body = torpor.request(url)
+    assert (status, headers["retry-after"]) == (503, "5")
+    answer = json.loads(body)
+    assert (answer["code"], answer["retryable"]) == ("machine_paused_auto_resume_disabled", False)
+    instance._refresh()
+    assert instance.status.value == "paused"
+    instance.set_wake_on(wake_on_http=True)
+    assert torpor.fetch(url)["pid"] > 1
+
+
+def test_services_are_listed_replaced_guarded_and_hidden(instance):
+    url = serve_counter(awake(instance))
+    assert instance.expose_http_service("agent", 8080) == url
+    guarded = instance.expose_http_service("agent", 8080, auth_mode="api_key")
+    assert torpor.request(guarded)[0] == 401
+    key = {"Authorization": f"Bearer {os.environ['MORPH_API_KEY']}"}
+    assert torpor.request(guarded, headers=key)[0] == 200
+    instance.hide_http_service("agent")
+    assert instance.networking.http_services == []
+
+
+def test_metadata_and_lists(client, instance):
+    instance.set_metadata({"suite": "morph", "k": "v w"})
+    assert client.instances.get(instance.id).metadata == {"suite": "morph", "k": "v w"}
+    assert [one.id for one in client.instances.list(metadata={"k": "v w"})] == [instance.id]
+    assert client.instances.list(metadata={"k": "other"}) == []
+    page = client.instances.list_paginated(page=1, limit=1, metadata={"suite": "morph"})
+    assert (page.total, page.instances[0].id, page.has_next) == (1, instance.id, False)
+    assert "base" in [image.id for image in client.images.list()]
+
+
+def test_the_async_client_does_the_same(instance):
+    awake(instance)
+
+    async def session():
+        client = MorphCloudClient(api_key=os.getenv("MORPH_API_KEY"))
+        same = await client.instances.aget(instance.id)
+        await same.apause()
+        assert same.status.value == "paused"
+        await same.aresume()
+        await same.aset_ttl(ttl_seconds=900, ttl_action="pause")
+        done = await same.aexec("echo async")
+        return same.status.value, same.ttl.ttl_seconds, done.stdout
+    assert asyncio.run(session()) == ("ready", 900, "async\n")
+
+
+def test_the_command_line_tool(instance):
+    awake(instance)
+    name = instance.id
+    assert name in sdk.cli(BIN, "morphcloud instance list").stdout
+    assert json.loads(sdk.cli(BIN, f"morphcloud instance get {name}").stdout)["id"] == name
+    done = sdk.cli(BIN, f"morphcloud instance exec {name} -- bash -c 'echo \"a b\"'")
+    assert "a b" in done.stdout
+    sdk.cli(BIN, f"morphcloud instance set-wake-on {name} --ssh true --http true")
+    sdk.cli(BIN, f"morphcloud instance set-ttl {name} --ttl-seconds 900 --ttl-action pause")
+    sdk.cli(BIN, f"morphcloud instance pause {name}")
+    sdk.cli(BIN, f"morphcloud instance resume {name}")
+    assert "base" in sdk.cli(BIN, "morphcloud image list").stdout
+
+
+def test_wrong_keys_and_unknown_ids_raise_what_the_sdk_knows():
+    with pytest.raises(ApiError) as wrong:
+        MorphCloudClient(api_key="wrong").instances.list()
+    assert wrong.value.status_code == 401
+    client = MorphCloudClient(api_key=os.getenv("MORPH_API_KEY"))
+    for call in (lambda: client.instances.get("morphvm_nope"), lambda: client.instances.start("snapshot_nope")):
+        with pytest.raises(ApiError) as missing:
+            call()
+        assert missing.value.status_code == 404 and missing.value.detail
