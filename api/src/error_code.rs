@@ -82,6 +82,8 @@ error_codes! {
     ImageIncompatible = "incompatible_snapshot", 409, false, "Resume it on the host that made it, or boot it from its disk with {\"from\":\"disk\"}.";
     /// A pause found no room on the disk; the machine runs on.
     DiskFull = "disk_full", 507, true, "Free space in the state directory and pause again; the machine is still running.";
+    /// The snapshot is the memory of a machine that sleeps.
+    SnapshotInUse = "snapshot_in_use", 409, false, "Delete the machine, or resume it, and take a snapshot of it for other use.";
     /// The snapshot could not be taken; the machine is as it was.
     SnapshotFailed = "snapshot_failed", 500, true, "See the message for the cause and try again; the machine is as it was.";
     /// A pause failed; the machine runs on.

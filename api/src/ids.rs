@@ -109,12 +109,13 @@ generated_id!(
     /// Somebody's right to enter a machine by SSH for a while.
     AccessId, "acc");
 
-/// Prefixes under which a machine is known outside, each with those that stand for it inside: a machine of the
-/// Morph API, and an execution or the memory of one in the Nullspace API.
+/// Prefixes under which machines and snapshots are known outside, each with those that stand for them inside: an
+/// instance and a snapshot of the Morph API, and an execution or the memory of one in the Nullspace API.
 const SPELLINGS: &[(&str, &[&str])] = &[
     ("morphvm_", &["mch_"]),
     ("mch_", &["mch_", "exe_"]),
-    ("snap_", &["exe_"]),
+    ("snap_", &["snap_", "exe_"]),
+    ("snapshot_", &["snap_"]),
 ];
 
 /// The IDs that this text may stand for, itself first if it is one of ours.
@@ -216,7 +217,8 @@ mod tests {
     fn ids_of_the_facades_lead_to_machines_and_executions() {
         assert_eq!(spellings("morphvm_x"), ["mch_x"]);
         assert_eq!(spellings("mch_x"), ["mch_x", "exe_x"]);
-        assert_eq!(spellings("snap_x"), ["exe_x"]);
+        assert_eq!(spellings("snap_x"), ["snap_x", "exe_x"]);
+        assert_eq!(spellings("snapshot_x"), ["snap_x"]);
         assert_eq!(spellings("exe_x"), ["exe_x"]);
         assert_eq!(spellings("web"), ["web"]);
     }

@@ -12,6 +12,7 @@ mod images;
 mod instances;
 mod model;
 mod policy;
+mod snapshots;
 
 use super::auth::{self, Token};
 use super::error;
@@ -40,19 +41,10 @@ const UNBUILT: &[(&str, &str)] = &[
     ("PUT", "/user/ssh-key"),
     ("GET", "/user/usage"),
     ("POST", "/instance/{id}/reboot"),
-    ("POST", "/instance/{id}/snapshot"),
-    ("POST", "/instance/{id}/branch"),
     ("GET", "/instance/{id}/ssh/key"),
     ("POST", "/instance/{id}/ssh/key"),
     ("POST", "/instance/{id}/exec/sse"),
-    ("POST", "/snapshot"),
-    ("GET", "/snapshot"),
-    ("GET", "/snapshot/list"),
-    ("GET", "/snapshot/{id}"),
-    ("DELETE", "/snapshot/{id}"),
     ("POST", "/snapshot/{id}/boot"),
-    ("POST", "/snapshot/{id}/metadata"),
-    ("POST", "/snapshot/{id}/ttl"),
 ];
 
 /// The API behind a bearer token.
@@ -90,6 +82,13 @@ fn routes(fleet: Fleet) -> Router {
         .route("/instance/{id}/http", post(policy::expose))
         .route("/instance/{id}/http/{name}", delete(policy::hide))
         .route("/instance/{id}/exec", post(exec::run))
+        .route("/instance/{id}/snapshot", post(snapshots::of_instance))
+        .route("/instance/{id}/branch", post(snapshots::branch))
+        .route("/snapshot", get(snapshots::list).post(snapshots::create))
+        .route("/snapshot/list", get(snapshots::list_pages))
+        .route("/snapshot/{id}", get(snapshots::show).delete(snapshots::delete))
+        .route("/snapshot/{id}/metadata", post(snapshots::set_metadata))
+        .route("/snapshot/{id}/ttl", post(snapshots::set_ttl))
         .route("/image", get(images::list));
     unbuilt(router, UNBUILT)
         .fallback(error::no_route)

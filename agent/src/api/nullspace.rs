@@ -17,6 +17,7 @@ mod machines;
 mod model;
 mod preview;
 mod readiness;
+mod snapshots;
 mod time;
 mod unbuilt;
 
@@ -59,7 +60,14 @@ fn routes(fleet: Fleet) -> Router {
             "/v1/machines/{id}/preview-urls/{grant_id}",
             delete(preview::revoke),
         )
-        .route("/v1/machines/{id}/exec", post(exec::run));
+        .route("/v1/machines/{id}/exec", post(exec::run))
+        .route("/v1/machines/{id}/snapshots", post(snapshots::create))
+        .route("/v1/machines/{id}/fork", post(snapshots::fork))
+        .route("/v1/snapshots", get(snapshots::list))
+        .route(
+            "/v1/snapshots/{id}",
+            get(snapshots::show).delete(snapshots::delete),
+        );
     facade::unbuilt(router, unbuilt::ROUTES)
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)

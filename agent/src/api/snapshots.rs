@@ -12,7 +12,7 @@ use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use torpor_api::http::{CreateSnapshot, ForkMachine, Forked, PatchSnapshot, Snapshot, SnapshotList};
-use torpor_api::{MachineId, SnapshotId, limits};
+use torpor_api::{MachineId, SnapshotId, ids, limits};
 
 const DEFAULT_PAGE: u32 = 100;
 const MAX_PAGE: u32 = 1000;
@@ -28,7 +28,7 @@ pub(super) struct Wanted {
 }
 
 /// The snapshot that `{id}` names: an ID or a name.
-pub(super) struct NamedSnapshot(Snapshot);
+pub(super) struct NamedSnapshot(pub(super) Snapshot);
 
 impl FromRequestParts<Fleet> for NamedSnapshot {
     type Rejection = Failure;
@@ -36,7 +36,11 @@ impl FromRequestParts<Fleet> for NamedSnapshot {
         let Path(text) = Path::<String>::from_request_parts(parts, fleet)
             .await
             .map_err(|error| Failure::invalid(error.body_text()))?;
-        Ok(Self(fleet.find_snapshot(&text).await?))
+        // Another API's spelling of an ID is the same ID.
+        let id = ids::spellings(&text)
+            .into_iter()
+            .find(|id| id.starts_with("snap_"));
+        Ok(Self(fleet.find_snapshot(id.as_ref().unwrap_or(&text)).await?))
     }
 }
 

@@ -1,7 +1,7 @@
 //! Errors and IDs in Morph's words.
 
 use serde_json::{Value, json};
-use torpor_api::{ApiError, ErrorCode, MachineId};
+use torpor_api::{ApiError, ErrorCode, MachineId, SnapshotId};
 
 /// The SDK reads `detail` and `error_code` if they are texts, and shows the whole body otherwise.
 pub(super) fn shape(error: ApiError) -> (u16, Value) {
@@ -26,4 +26,9 @@ pub(super) fn shape(error: ApiError) -> (u16, Value) {
 pub(super) fn instance_id(id: &MachineId) -> String {
     let random = id.as_str().trim_start_matches("mch_");
     format!("morphvm_{random}")
+}
+
+pub(super) fn snapshot_id(id: &SnapshotId) -> String {
+    let random = id.as_str().trim_start_matches("snap_");
+    format!("snapshot_{random}")
 }

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use torpor_api::http::{CreateMachine, Machine, MachineStatus, ResumeFrom, WakePolicy};
+use torpor_api::{ErrorCode, ids};
 
 /// A whole list is read in pages of this size.
 const PAGE: u32 = 1000;
@@ -32,6 +33,31 @@ pub(super) struct Start {
     metadata: Option<BTreeMap<String, String>>,
     ttl_seconds: Option<u64>,
     ttl_action: Option<TtlAction>,
+}
+
+/// The shape that is asked for, if one is.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Shape {
+    pub(super) vcpus: Option<u8>,
+    pub(super) memory: Option<u32>,
+    pub(super) disk_size: Option<u32>,
+}
+
+impl Shape {
+    pub(super) fn vcpus(self) -> u8 {
+        self.vcpus.unwrap_or(DEFAULT_VCPUS)
+    }
+
+    pub(super) fn memory(self) -> u32 {
+        self.memory.unwrap_or(DEFAULT_MEMORY_MIB)
+    }
+
+    /// The vendor's images are smaller than ours: a disk that is asked for is at least as large as its image.
+    pub(super) async fn disk(self, fleet: &Fleet, template: &str) -> Option<u32> {
+        let image = fleet.hypervisor().template(template).await;
+        self.disk_size
+            .map(|asked| asked.max(image.map_or(0, |image| image.disk_mib)))
+    }
 }
 
 /// Keys and values of a query, several of which begin with `metadata[`.
@@ -124,6 +150,29 @@ pub(super) fn page<T: Serialize>(key: &str, items: Vec<T>, pairs: &Pairs) -> Res
     }))
 }
 
+/// What an instance goes on from: a snapshot, or else an image of this name.
+async fn source_of(fleet: &Fleet, text: &str) -> Result<CreateMachine, Failure> {
+    let snapshot = ids::spellings(text)
+        .into_iter()
+        .find(|id| id.starts_with("snap_"));
+    match fleet.find_snapshot(snapshot.as_deref().unwrap_or(text)).await {
+        Ok(snapshot) => {
+            return Ok(CreateMachine {
+                snapshot: Some(snapshot.id.to_string()),
+                ..CreateMachine::default()
+            });
+        }
+        Err(error) if error.code == ErrorCode::SnapshotNotFound => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(CreateMachine {
+        template: images::template(fleet, text).await?,
+        vcpus: DEFAULT_VCPUS,
+        mem_mib: DEFAULT_MEMORY_MIB,
+        ..CreateMachine::default()
+    })
+}
+
 pub(super) async fn start(
     State(fleet): State<Fleet>,
     Query(pairs): Query<Pairs>,
@@ -137,19 +186,12 @@ pub(super) async fn start(
         return Err(Failure::invalid("snapshot_id is missing"));
     };
     let ttl = Ttl::new(body.ttl_seconds, body.ttl_action);
+    let source = source_of(&fleet, &source).await?;
     let create = CreateMachine {
-        name: None,
-        template: images::template(&fleet, &source).await?,
-        snapshot: None,
-        vcpus: DEFAULT_VCPUS,
-        mem_mib: DEFAULT_MEMORY_MIB,
-        disk_mib: None,
         lease: ttl.lease(None)?,
         wake: Some(WakePolicy::OFF),
-        services: Vec::new(),
         metadata: body.metadata.unwrap_or_default(),
-        env: BTreeMap::new(),
-        cwd: None,
+        ..source
     };
     validate::create(&create)?;
     let machine = to_the_end(async move {

@@ -1,9 +1,9 @@
-//! The instance object. The SDK refuses `null` where a field may only be missing, and fractions of seconds.
+//! The instance and the snapshot object. The SDK refuses `null` where a field may only be missing, and fractions of seconds.
 
-use super::dialect::instance_id;
+use super::dialect::{instance_id, snapshot_id};
 use serde::Serialize;
 use std::collections::BTreeMap;
-use torpor_api::http::{Machine, MachineStatus, ServiceAuth, ServiceKind};
+use torpor_api::http::{self, Machine, MachineStatus, ServiceAuth, ServiceKind, SnapshotStatus};
 use torpor_api::{Lease, LeaseAction};
 
 #[derive(Debug, Serialize)]
@@ -131,10 +131,77 @@ impl From<Machine> for Instance {
                 wake_on_http: machine.wake.http,
             },
             refs: Refs {
-                snapshot_id: machine.template.clone(),
+                snapshot_id: machine
+                    .snapshot_id
+                    .as_ref()
+                    .map_or_else(|| machine.template.clone(), snapshot_id),
                 image_id: machine.template,
             },
             metadata: machine.metadata,
+        }
+    }
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum SnapshotState {
+    Pending,
+    Ready,
+    Deleting,
+}
+
+#[derive(Debug, Serialize)]
+struct SnapshotRefs {
+    image_id: String,
+}
+
+#[derive(Debug, Serialize)]
+struct SnapshotTtl {
+    ttl_seconds: Option<u64>,
+    ttl_expire_at: Option<u64>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct Snapshot {
+    id: String,
+    object: &'static str,
+    /// Unix time in seconds.
+    created: u64,
+    status: SnapshotState,
+    spec: Spec,
+    refs: SnapshotRefs,
+    digest: Option<String>,
+    metadata: BTreeMap<String, String>,
+    ttl: SnapshotTtl,
+}
+
+impl From<http::Snapshot> for Snapshot {
+    fn from(snapshot: http::Snapshot) -> Self {
+        Self {
+            id: snapshot_id(&snapshot.id),
+            object: "snapshot",
+            created: snapshot.created_unix_ms / 1000,
+            status: match snapshot.status {
+                SnapshotStatus::Creating => SnapshotState::Pending,
+                SnapshotStatus::Ready => SnapshotState::Ready,
+                SnapshotStatus::Deleting => SnapshotState::Deleting,
+            },
+            spec: Spec {
+                vcpus: snapshot.vcpus,
+                memory: snapshot.mem_mib,
+                disk_size: snapshot.disk_mib,
+            },
+            refs: SnapshotRefs {
+                image_id: snapshot.template,
+            },
+            digest: snapshot.digest,
+            metadata: snapshot.metadata,
+            ttl: SnapshotTtl {
+                ttl_seconds: snapshot.retention.map(|retention| retention.seconds),
+                ttl_expire_at: snapshot
+                    .retention
+                    .map(|retention| retention.expires_unix_ms.div_ceil(1000)),
+            },
         }
     }
 }

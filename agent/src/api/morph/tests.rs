@@ -239,3 +239,110 @@ async fn what_is_not_built_says_so_and_a_wrong_key_is_refused() {
     let missing = call(&router, "POST", "/instance?snapshot_id=nope", nothing_said()).await;
     assert_eq!(missing.status, StatusCode::NOT_FOUND, "{}", missing.body);
 }
+
+#[tokio::test]
+async fn snapshots_are_made_found_by_digest_and_gone_on_from() {
+    let world = World::new();
+    let router = served(&world);
+    let body = json!({ "image_id": "morphvm-minimal", "vcpus": 1, "memory": 512, "disk_size": 100, "digest": "d1", "metadata": { "k": "v" } });
+    let first = call(&router, "POST", "/snapshot", body.clone()).await;
+    assert_eq!(first.status, StatusCode::CREATED, "{}", first.body);
+    let again = call(&router, "POST", "/snapshot", body).await.body;
+    assert_eq!(
+        (&again["id"], &again["status"]),
+        (&first.body["id"], &json!("ready"))
+    );
+    assert_eq!(first.body["refs"], json!({ "image_id": "base" }));
+    let id = first.body["id"].as_str().unwrap();
+    assert!(id.starts_with("snapshot_"), "{id}");
+    let found = call(
+        &router,
+        "GET",
+        "/snapshot?digest=d1&metadata%5Bk%5D=v",
+        Value::Null,
+    )
+    .await
+    .body;
+    assert_eq!(found["data"][0]["id"], json!(id));
+    let none = call(&router, "GET", "/snapshot?metadata%5Bk%5D=w", Value::Null)
+        .await
+        .body;
+    assert_eq!(none["data"], json!([]));
+    let page = call(&router, "GET", "/snapshot/list?page=1&limit=1", Value::Null)
+        .await
+        .body;
+    assert_eq!(
+        (&page["total"], &page["snapshots"][0]["id"]),
+        (&json!(1), &json!(id))
+    );
+    let started = call(
+        &router,
+        "POST",
+        &format!("/instance?snapshot_id={id}"),
+        nothing_said(),
+    )
+    .await;
+    assert_eq!(started.status, StatusCode::CREATED, "{}", started.body);
+    assert_eq!(
+        (
+            &started.body["refs"]["snapshot_id"],
+            &started.body["spec"]["memory"]
+        ),
+        (&json!(id), &json!(512))
+    );
+    assert_eq!(
+        call(&router, "GET", "/instance", Value::Null).await.body["data"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    for (route, body, pointer, value) in [
+        ("metadata", json!({ "x": "y" }), "/metadata", json!({ "x": "y" })),
+        ("ttl", json!({ "ttl_seconds": 60 }), "/ttl/ttl_seconds", json!(60)),
+        (
+            "ttl",
+            json!({ "ttl_seconds": null }),
+            "/ttl/ttl_seconds",
+            Value::Null,
+        ),
+    ] {
+        call(&router, "POST", &format!("/snapshot/{id}/{route}"), body).await;
+        let shown = call(&router, "GET", &format!("/snapshot/{id}"), Value::Null)
+            .await
+            .body;
+        assert_eq!(shown.pointer(pointer), Some(&value), "{route}: {shown}");
+    }
+    let instance = started.body["id"].as_str().unwrap();
+    let branched = call(
+        &router,
+        "POST",
+        &format!("/instance/{instance}/branch?count=3"),
+        Value::Null,
+    )
+    .await
+    .body;
+    let branches = branched["instances"].as_array().unwrap();
+    assert_eq!((branches.len(), &branches[2]["status"]), (3, &json!("ready")));
+    assert_eq!(branches[0]["refs"]["snapshot_id"], branched["snapshot"]["id"]);
+    let path = format!("/instance/{instance}/snapshot?digest=d2");
+    let taken = call(&router, "POST", &path, json!({ "metadata": { "a": "b" } }))
+        .await
+        .body;
+    assert_eq!(
+        (&taken["digest"], &taken["metadata"]),
+        (&json!("d2"), &json!({ "a": "b" }))
+    );
+    assert_eq!(
+        call(&router, "DELETE", &format!("/snapshot/{id}"), Value::Null)
+            .await
+            .status,
+        StatusCode::NO_CONTENT
+    );
+    assert_eq!(
+        call(&router, "GET", &format!("/snapshot/{id}"), Value::Null)
+            .await
+            .status,
+        StatusCode::NOT_FOUND
+    );
+}

@@ -151,12 +151,14 @@ impl Create {
             tcp: auto_resume,
             api: auto_resume,
         };
+        // A snapshot brings its template and its shape.
+        let default = CreateMachine::default();
         let create = CreateMachine {
             name: None,
-            template: self.template.unwrap_or_else(|| "base".to_owned()),
-            snapshot: None,
-            vcpus: self.vcpus.unwrap_or(1),
-            mem_mib: self.memory_mb.unwrap_or(256),
+            template: self.template.unwrap_or(default.template),
+            snapshot: self.snapshot_id,
+            vcpus: self.vcpus.unwrap_or(default.vcpus),
+            mem_mib: self.memory_mb.unwrap_or(default.mem_mib),
             disk_mib: self.disk_mb,
             lease: Some(lease(self.timeout_ms.unwrap_or(DEFAULT_TIMEOUT_MS), action)?),
             wake: Some(wake),
@@ -176,10 +178,6 @@ pub(super) async fn create(
     RawJson(bytes, body): RawJson<Create>,
 ) -> Result<(StatusCode, Json<Info>), Failure> {
     let idempotency = idempotency(&headers, &bytes)?;
-    if let Some(snapshot) = &body.snapshot_id {
-        let message = format!("creating from snapshot {snapshot:?} is not implemented");
-        return Err(Failure::new(ErrorCode::NotImplemented, message));
-    }
     let body = body.into_native()?;
     let machine = to_the_end(async move {
         let id = fleet.create(CreateOrder { body, idempotency }).await?;

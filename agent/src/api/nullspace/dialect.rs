@@ -26,10 +26,15 @@ fn random_of(execution: &ExecutionId) -> &str {
     execution.as_str().trim_start_matches("exe_")
 }
 
+/// The ID of a machine for as long as this execution of it lasts, and an alias of it ever after.
+pub(super) fn machine_id_of(execution: &ExecutionId) -> String {
+    format!("mch_{}", random_of(execution))
+}
+
 /// The ID under which a machine goes since its latest start or resume.
 pub(super) fn machine_id(machine: &Machine) -> String {
     match &machine.last_execution_id {
-        Some(execution) => format!("mch_{}", random_of(execution)),
+        Some(execution) => machine_id_of(execution),
         None => machine.id.to_string(),
     }
 }

@@ -14,6 +14,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 use torpor_api::http::{Machine, ResumeFrom};
 use torpor_api::{ErrorCode, MachineId};
 
@@ -64,23 +65,26 @@ impl Page {
     }
 
     fn filter(&self) -> Result<MachineFilter, Failure> {
-        let wanted: Option<Map<String, Value>> = self
-            .metadata
-            .as_deref()
-            .map(serde_json::from_str)
-            .transpose()
-            .map_err(|error| Failure::invalid(format!("metadata is no JSON object: {error}")))?;
-        let texts = wanted.unwrap_or_default().into_iter();
-        // One pair at a time: what is stored of a whole object has no part in finding it.
-        let metadata = texts.flat_map(|(key, value)| {
-            let one = Map::from_iter([(key.clone(), value)]);
-            stored_metadata(&one).remove_entry(&key)
-        });
         Ok(MachineFilter {
             template: self.template.clone(),
-            metadata: metadata.collect(),
+            metadata: metadata_filter(self.metadata.as_deref())?,
         })
     }
+}
+
+/// The pairs of texts that stand for a JSON object of wanted metadata.
+pub(super) fn metadata_filter(text: Option<&str>) -> Result<BTreeMap<String, String>, Failure> {
+    let wanted: Option<Map<String, Value>> = text
+        .map(serde_json::from_str)
+        .transpose()
+        .map_err(|error| Failure::invalid(format!("metadata is no JSON object: {error}")))?;
+    let texts = wanted.unwrap_or_default().into_iter();
+    // One pair at a time: what is stored of a whole object has no part in finding it.
+    let metadata = texts.flat_map(|(key, value)| {
+        let one = Map::from_iter([(key.clone(), value)]);
+        stored_metadata(&one).remove_entry(&key)
+    });
+    Ok(metadata.collect())
 }
 
 /// The machine, or those of its fields that were asked for.
