@@ -59,6 +59,8 @@ pub struct Config {
     pub proxy: ProxySection,
     /// Bounds.
     pub limits: LimitsConfig,
+    /// How machines begin.
+    pub templates: TemplatesConfig,
 }
 
 /// `[api]`.
@@ -103,6 +105,20 @@ pub struct ProxySection {
     pub domain: String,
 }
 
+/// `[templates]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TemplatesConfig {
+    /// Whether the first machine of a template and shape leaves a snapshot from which the next ones begin.
+    pub warm: bool,
+}
+
+impl Default for TemplatesConfig {
+    fn default() -> Self {
+        Self { warm: true }
+    }
+}
+
 /// `[limits]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -134,6 +150,7 @@ impl Default for Config {
             api: ApiConfig::default(),
             proxy: ProxySection::default(),
             limits: LimitsConfig::default(),
+            templates: TemplatesConfig::default(),
         }
     }
 }
@@ -268,6 +285,7 @@ impl Config {
             drain_grace: Duration::from_millis(self.limits.drain_grace_ms),
             max_running_mem_mib: self.limits.max_running_mem_mib.unwrap_or_else(host_mib),
             service_host: host(self.proxy.listen_ip),
+            warm_templates: self.templates.warm,
             endpoints: self.endpoints(),
         }
     }

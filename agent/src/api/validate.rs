@@ -48,10 +48,10 @@ pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
 /// What is said of a snapshot.
 pub(super) fn snapshot(body: &CreateSnapshot) -> Result<(), Failure> {
     if let Some(digest) = &body.digest
-        && (digest.is_empty() || digest.len() > limits::MAX_DIGEST)
+        && (digest.is_empty() || digest.len() > limits::MAX_DIGEST || digest.contains(char::is_control))
     {
         return Err(Failure::invalid(format!(
-            "digest is not 1 to {} bytes long",
+            "digest is not 1 to {} bytes long, or has control characters",
             limits::MAX_DIGEST
         )));
     }

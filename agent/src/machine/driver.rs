@@ -13,11 +13,13 @@
 
 mod commit;
 mod effects;
+mod first;
 mod held;
 mod operation;
 mod snapshots;
 mod waiters;
 
+pub use first::First;
 pub use operation::WakeReport;
 pub use snapshots::Staged;
 pub use waiters::{Command, Need, PauseOrder, WakeOrder, Woken};
@@ -97,6 +99,8 @@ pub(super) struct Driver {
     persisted: Option<PersistStats>,
     pause: PauseOrder,
     wake: WakeOrder,
+    /// What the machine begins with, while it is being created.
+    first: First,
     report: Option<Arc<WakeReport>>,
     freeze: FreezeTrace,
     failure: Option<MachineError>,
@@ -219,6 +223,7 @@ impl Driver {
             persisted: None,
             pause: PauseOrder::by("recovery"),
             wake: WakeOrder::by("recovery"),
+            first: First::Boot,
             report: None,
             freeze: FreezeTrace::default(),
             failure: None,

@@ -11,6 +11,7 @@ mod policy;
 mod snapshots;
 mod turns;
 mod view;
+mod warm;
 
 pub use create::CreateOrder;
 pub use fork::{ForkOrder, TemplateSnapshotOrder};
@@ -51,6 +52,8 @@ pub struct Settings {
     pub service_host: String,
     /// Where the APIs and the SSH gateway are reached.
     pub endpoints: Endpoints,
+    /// Whether machines of a template begin with a restore once one of their shape has booted.
+    pub warm_templates: bool,
 }
 
 impl Default for Settings {
@@ -61,6 +64,7 @@ impl Default for Settings {
             max_running_mem_mib: 1 << 20,
             service_host: "127.0.0.1".to_owned(),
             endpoints: Endpoints::default(),
+            warm_templates: false,
         }
     }
 }

@@ -2,15 +2,16 @@
 
 use super::super::error::MachineError;
 use super::super::fleet::Shared;
-use super::super::hypervisor::{Execution, HypervisorError, MachineSpec, Ran, WakeStages};
+use super::super::hypervisor::{Execution, HypervisorError, MachineSpec, Ran};
 use super::super::state::{Committed, Effect, Event};
 use super::operation::{Operation, Outcome, Up, WakeReport};
+use super::first::{self, First};
 use super::{Driver, Need};
 use crate::store::NewEvent;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::OwnedSemaphorePermit;
-use torpor_api::{ErrorCode, ExecutionId, SnapshotId};
+use torpor_api::{ErrorCode, ExecutionId};
 
 /// How often a VMM is asked to set its guest free, and how long apart.
 const RUN_TRIES: u32 = 3;
@@ -61,7 +62,7 @@ impl Driver {
             spec: self.row.spec.clone(),
             generation: self.row.image_generation,
             asked: self.wake.asked,
-            from: None,
+            first: First::Boot,
         }
     }
 
@@ -78,7 +79,7 @@ impl Driver {
         }
         let mut order = self.up_order();
         if self.row.committed == Committed::Creating {
-            order.from.clone_from(&self.row.snapshot);
+            order.first = std::mem::take(&mut self.first);
         }
         self.begin(Effect::Boot, boot(Arc::clone(&self.shared), order));
     }
@@ -216,8 +217,8 @@ struct UpOrder {
     spec: MachineSpec,
     generation: u64,
     asked: Instant,
-    /// The snapshot that a new machine goes on from.
-    from: Option<SnapshotId>,
+    /// What a new machine begins with.
+    first: First,
 }
 
 async fn admit(shared: &Shared, mem_mib: u32) -> Result<OwnedSemaphorePermit, MachineError> {
@@ -245,11 +246,7 @@ async fn boot(shared: Arc<Shared>, order: UpOrder) -> Outcome {
     };
     let admitted = began.elapsed();
     let id = ExecutionId::generate();
-    let first = match &order.from {
-        Some(snapshot) => go_on_from(&shared, snapshot, &order.spec, &id).await,
-        None => shared.hypervisor.boot(&order.spec, &id).await.map(First::booted),
-    };
-    match first {
+    match first::start(&shared, &order.first, &order.spec, &id).await {
         Err(error) => Outcome::Booted(Err(error.into())),
         Ok(first) => Outcome::Booted(Ok(Up {
             execution: first.execution,
@@ -264,38 +261,6 @@ async fn boot(shared: Arc<Shared>, order: UpOrder) -> Outcome {
             },
         })),
     }
-}
-
-/// The first execution of a machine.
-struct First {
-    execution: Arc<dyn Execution>,
-    stages: Option<WakeStages>,
-    image_generation: u64,
-}
-
-impl First {
-    fn booted(execution: Arc<dyn Execution>) -> Self {
-        Self {
-            execution,
-            stages: None,
-            image_generation: 0,
-        }
-    }
-}
-
-async fn go_on_from(
-    shared: &Shared,
-    snapshot: &SnapshotId,
-    spec: &MachineSpec,
-    id: &ExecutionId,
-) -> Result<First, HypervisorError> {
-    let generation = shared.hypervisor.clone_snapshot(snapshot, spec).await?;
-    let (execution, stages) = shared.hypervisor.restore(spec, id, generation).await?;
-    Ok(First {
-        execution,
-        stages: Some(stages),
-        image_generation: generation,
-    })
 }
 
 async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {

@@ -3,7 +3,7 @@
 use super::super::error::MachineError;
 use super::super::gate::{Gate, Pass};
 use super::super::state::{Event, State, next};
-use super::{Driver, Staged, WakeReport};
+use super::{Driver, First, Staged, WakeReport};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::oneshot;
@@ -32,6 +32,8 @@ pub struct WakeOrder {
     pub cause: serde_json::Value,
     /// When it was asked for.
     pub asked: Instant,
+    /// What a machine that is being created begins with.
+    pub first: First,
 }
 
 impl WakeOrder {
@@ -43,6 +45,7 @@ impl WakeOrder {
             actor,
             cause: serde_json::Value::Null,
             asked: Instant::now(),
+            first: First::Boot,
         }
     }
 
@@ -190,6 +193,9 @@ impl Driver {
             }
             Ok((state, _)) => {
                 self.waiters.wakes.push((order.need, reply));
+                if self.state == State::Creating && self.operation.is_none() {
+                    self.first.clone_from(&order.first);
+                }
                 if state != self.state {
                     self.report = None;
                     self.failure = None;

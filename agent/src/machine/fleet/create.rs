@@ -1,6 +1,6 @@
 //! Creating a machine: all of it or nothing.
 
-use super::super::driver::{Command, Need, PauseOrder, WakeOrder};
+use super::super::driver::{Command, First, Need, PauseOrder, WakeOrder};
 use super::super::error::MachineError;
 use super::super::hypervisor::MachineSpec;
 use super::super::state::Committed;
@@ -97,7 +97,7 @@ impl Fleet {
         shown: Shown,
     ) -> Result<MachineId, MachineError> {
         self.has_memory_for(u64::from(source.spec.mem_mib))?;
-        let snapshot = source.snapshot.clone();
+        let (snapshot, spec) = (source.snapshot.clone(), source.spec.clone());
         let new = self.prepare(&order, source, shown);
         let id = new.spec.id.clone();
         let id = match self.shared.store.create_machine(new).await? {
@@ -111,21 +111,36 @@ impl Fleet {
             Created::Before(id) if self.look(&id).await?.0.committed != Committed::Creating => return Ok(id),
             Created::Before(id) => id,
         };
+        let first = match snapshot {
+            Some(snapshot) => First::GoOn(snapshot),
+            None => self.first_of(&spec).await,
+        };
         let wake = WakeOrder {
             need: Need::Machine,
+            first: first.clone(),
             ..WakeOrder::by("api")
         };
-        if let Err(error) = self.send(&id, |reply| Command::Wake(wake.clone(), reply)).await {
-            return self.roll_back(&id, error).await;
+        let started = self.send(&id, |reply| Command::Wake(wake.clone(), reply)).await;
+        self.started(spec, first, started.is_ok()).await;
+        match started {
+            Ok(_) => Ok(id),
+            Err(error) => self.roll_back(&id, error).await,
         }
-        if let Some(snapshot) = snapshot {
-            self.shared
-                .store
-                .use_snapshot(snapshot, self.now_unix_ms())
-                .await?;
-            self.shared.retention_changed.notify_one();
+    }
+
+    /// What a create leaves to be done with the snapshot that it used or made.
+    async fn started(&self, spec: MachineSpec, first: First, created: bool) {
+        match first {
+            First::Boot => {}
+            First::BootAndKeep(snapshot) => self.keep_warm(spec, snapshot, created),
+            First::GoOn(snapshot) | First::Warm(snapshot) => {
+                let used = self.shared.store.use_snapshot(snapshot, self.now_unix_ms()).await;
+                if let Err(error) = used {
+                    tracing::warn!(%error, "use of a snapshot not written down");
+                }
+                self.shared.retention_changed.notify_one();
+            }
         }
-        Ok(id)
     }
 
     /// Whether the host has so much memory to give now.

@@ -183,7 +183,7 @@ impl Fleet {
         Ok(row)
     }
 
-    async fn forget_snapshot(&self, id: &SnapshotId) -> Result<(), MachineError> {
+    pub(super) async fn forget_snapshot(&self, id: &SnapshotId) -> Result<(), MachineError> {
         self.shared.hypervisor.delete_snapshot(id).await?;
         self.shared.store.remove_snapshot(id.clone(), None).await?;
         Ok(())

@@ -1,6 +1,6 @@
 //! Snapshots, machines made from them, and forks: over a simulated host.
 
-use super::super::fleet::{ForkOrder, SnapshotOrder};
+use super::super::fleet::{ForkOrder, Settings, SnapshotOrder, TemplateSnapshotOrder};
 use super::super::retention;
 use super::super::simulated::{Fault, Point};
 use super::*;
@@ -403,4 +403,99 @@ async fn a_retention_counts_from_the_last_use() {
     };
     tokio::time::timeout(Duration::from_secs(10), gone).await.unwrap();
     timer.abort();
+}
+
+fn warm_world() -> World {
+    World::with(Settings {
+        warm_templates: true,
+        ..Settings::default()
+    })
+}
+
+impl World {
+    async fn warmed(&self) {
+        let committed = async {
+            while self.fleet.store().ready_snapshots().await.unwrap().is_empty() {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), committed)
+            .await
+            .unwrap();
+    }
+}
+
+#[tokio::test]
+async fn the_second_machine_of_a_shape_begins_with_a_restore() {
+    let mut world = warm_world();
+    let first = world.create().await;
+    world.warmed().await;
+    assert_eq!(world.exec(&first, "count").await.unwrap(), 1);
+    for _ in 0..2 {
+        let id = world.create().await;
+        assert_eq!(world.exec(&id, "count").await.unwrap(), 1);
+        assert_eq!(world.view(&id).await.snapshot_id, None);
+        world.pause(&id).await.unwrap();
+        assert_eq!(world.exec(&id, "count").await.unwrap(), 2);
+        // Also after a restart.
+        world.restart().await;
+    }
+    assert_eq!((world.host.n_boots(), world.host.n_forks()), (1, 2));
+    let other = world
+        .create_from(serde_json::json!({ "mem_mib": 512 }))
+        .await
+        .unwrap();
+    assert_eq!(world.exec(&other, "count").await.unwrap(), 1);
+    assert_eq!(world.host.n_boots(), 2);
+    assert!(world.all_snapshots().await.is_empty(), "users don't see them");
+    // The first one's own pauses go on from the image that the warm template was made with.
+    world.pause(&first).await.unwrap();
+    assert_eq!(world.exec(&first, "count").await.unwrap(), 2);
+}
+
+#[tokio::test]
+async fn a_warm_template_that_cannot_be_made_or_used_costs_no_create() {
+    for point in [Point::Freeze, Point::Persist, Point::StageSnapshot] {
+        let world = warm_world();
+        world.host.faults().at(point, Fault::Fail(ErrorCode::DiskFull));
+        let id = world.create().await;
+        assert_eq!(world.exec(&id, "count").await.unwrap(), 1, "{point:?}");
+        world.pause(&id).await.unwrap();
+        assert_eq!(world.exec(&id, "count").await.unwrap(), 2, "{point:?}");
+    }
+    for point in [Point::CloneSnapshot, Point::Restore] {
+        let world = warm_world();
+        world.create().await;
+        world.warmed().await;
+        world
+            .host
+            .faults()
+            .at(point, Fault::Fail(ErrorCode::ImageIncompatible));
+        let id = world.create().await;
+        assert_eq!(world.exec(&id, "count").await.unwrap(), 1);
+        assert_eq!(world.host.n_boots(), 2, "{point:?}");
+        // The next boot makes another.
+        world.create().await;
+        world.warmed().await;
+        world.create().await;
+        assert_eq!(world.host.n_boots(), 3, "{point:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_of_a_template_leaves_no_machine() {
+    for warm in [false, true] {
+        let world = World::with(Settings {
+            warm_templates: warm,
+            ..Settings::default()
+        });
+        let order = TemplateSnapshotOrder {
+            machine: torpor_api::http::CreateMachine::default(),
+            snapshot: SnapshotOrder::default(),
+        };
+        let snapshot = world.fleet.snapshot_template(order).await.unwrap();
+        assert!(world.host.machines_with_files().is_empty());
+        let id = world.go_on_from(&snapshot.id).await.unwrap();
+        assert_eq!(world.exec(&id, "count").await.unwrap(), 1);
+    }
 }
