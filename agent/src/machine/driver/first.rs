@@ -93,10 +93,7 @@ async fn boot_and_keep(
     let kept = async {
         execution.freeze().await?;
         execution.persist(GENERATION).await?;
-        shared
-            .hypervisor
-            .stage_snapshot(spec, GENERATION, snapshot)
-            .await
+        shared.hypervisor.stage_snapshot(spec, GENERATION, snapshot).await
     };
     if let Err(error) = kept.await {
         tracing::warn!(machine_id = %spec.id, %error, "no warm template made");
