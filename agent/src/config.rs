@@ -133,6 +133,8 @@ pub struct LimitsConfig {
     pub max_running_mem_mib: Option<u32>,
     /// Most machines that run at a time.
     pub max_running: u16,
+    /// Most sleeping machines to which clients keep connections open; past it the oldest loses them.
+    pub max_parked: u16,
     /// Largest console log of a machine in KiB.
     pub console_limit_kib: u64,
 }
@@ -185,6 +187,7 @@ impl Default for LimitsConfig {
             drain_grace_ms: 2000,
             max_running_mem_mib: None,
             max_running: 256,
+            max_parked: 256,
             console_limit_kib: 1024,
         }
     }
@@ -262,6 +265,7 @@ impl Config {
             boot_timeout: Duration::from_secs(self.limits.boot_timeout_s),
             console_limit_bytes: self.limits.console_limit_kib.saturating_mul(1024),
             max_slots: self.limits.max_running,
+            max_parked: self.limits.max_parked,
         }
     }
 

@@ -17,6 +17,7 @@ mod blank;
 mod claim;
 pub mod command;
 mod live;
+mod parking;
 pub mod process;
 pub mod record;
 mod snapshots;
@@ -89,6 +90,7 @@ pub struct Platform {
     slots: SlotPool,
     blanks: blank::BlankPool,
     claims: claim::Claims,
+    parking: Arc<parking::Parking>,
     /// Found at the start, until somebody asks for them.
     adopted: Mutex<Vec<Adopted>>,
 }
@@ -99,7 +101,7 @@ impl Platform {
     /// # Errors
     /// See [`PlatformError`].
     pub async fn start(config: PlatformConfig) -> Result<Arc<Self>, PlatformError> {
-        let net = NetConfig::for_host(config.max_slots);
+        let net = NetConfig::for_host(config.max_slots.saturating_add(config.max_parked));
         Self::start_with(config, net, BlankConfig::default()).await
     }
 
@@ -122,7 +124,8 @@ impl Platform {
         let slots = SlotPool::start(net, &found.slots()).await;
         let slots = slots.map_err(|source| PlatformError::Net { source })?;
         let claims = claim::Claims::default();
-        let adopted = found.take_over(&slots, &images, &claims).await;
+        let parking = parking::Parking::new(config.max_parked.into());
+        let adopted = found.take_over(&slots, &images, &claims, &parking).await;
         Ok(Arc::new(Self {
             blanks: blank::BlankPool::new(
                 blanks,
@@ -133,6 +136,7 @@ impl Platform {
             templates: Templates::new(config.template_dirs.clone()),
             adopted: Mutex::new(adopted),
             claims,
+            parking,
             config,
             images,
             slots,
@@ -141,6 +145,7 @@ impl Platform {
 
     /// End what serves no machine: blank VMMs and spare slots. Live executions go on.
     pub async fn stop(&self) {
+        while self.parking.release_oldest() {}
         self.blanks.close().await;
         self.slots.close().await;
     }
@@ -269,6 +274,10 @@ impl Hypervisor for Platform {
             ))
         })
         .await
+    }
+
+    fn unpark(&self, machine: &MachineId) {
+        self.parking.release(machine);
     }
 
     async fn template(&self, name: &str) -> Option<TemplateInfo> {

@@ -3,7 +3,8 @@
 //! * [`state`] – states, events, the transition table, recovery rules; no I/O.
 //! * [`fleet`] – the operations on machines; [`driver`] – the task of one machine; [`registry`] – who has one.
 //! * [`recovery`] – what a starting torpord finds; [`leases`], [`retention`] – the timers.
-//! * [`gate`] – the way into a running machine; [`routes`] – which port leads to which machine.
+//! * [`gate`] – the way into a running machine; [`lines`] – connections that outlast pauses;
+//!   [`routes`] – which port leads to which machine.
 //! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
 //! * [`clock`] – time, injected; [`error`] – the one error of operations.
 
@@ -14,6 +15,7 @@ pub mod fleet;
 pub mod gate;
 pub mod hypervisor;
 pub mod leases;
+pub mod lines;
 pub mod recovery;
 pub mod registry;
 pub mod retention;

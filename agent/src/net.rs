@@ -130,6 +130,14 @@ pub enum NetError {
     },
 }
 
+/// Bytes that were written to a TCP socket and not acknowledged by the other side yet.
+///
+/// # Errors
+/// It is no TCP socket.
+pub fn unacknowledged_bytes(socket: std::os::fd::BorrowedFd<'_>) -> io::Result<usize> {
+    sys::unacknowledged_bytes(socket)
+}
+
 /// Addresses of the uplink of a slot: the host's end and the slot's end.
 fn uplink_addresses(number: u16) -> (Ipv4Addr, Ipv4Addr) {
     let base = u32::from(UPLINK_BASE) + u32::from(number) * 4;

@@ -1,27 +1,36 @@
 //! The proxy's way to machines: [`torpor_proxy::Waker`] over the [`Fleet`].
 //!
 //! Resolves the target, wakes within the bounded wait, connects inside the slot. A request to a machine that runs
-//! passes its gate and nothing else. While a request holds its guard, a pause waits a little for it; a raw TCP
-//! connection holds none, because an open connection is no activity.
+//! passes its gate and nothing else. While a request holds its guard, a pause waits a little for it. An upgraded or TCP
+//! connection gets a [`line::FleetLine`] instead, because an open connection is no activity.
 
 mod admission;
+mod line;
 
+use self::line::FleetLine;
 use crate::machine::driver::{WakeReport, Woken};
 use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
 use crate::machine::gate::Epoch;
 use crate::machine::hypervisor::ConnectError;
+use crate::machine::lines::OpenLine;
 use crate::store::ServiceRoute;
 use async_trait::async_trait;
+use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpStream;
 use torpor_api::http::ServiceKind;
 use torpor_api::{ErrorCode, MachineId};
 use torpor_proxy::{
-    Admission, Connected, FirstByteHook, ListenError, Proxy, Shown, Target, Transport, Upstream, WakeRefusal,
-    WakeRequest, WakeTrace, Waker,
+    Admission, Connected, FirstByteHook, Line, ListenError, Proxy, Shown, Target, Transport, Upstream,
+    WakeRefusal, WakeRequest, WakeTrace, Waker,
 };
+
+/// The kernel gives up a connection after this; a value that is as large as it takes, 24 days.
+const LONGEST_UNACKNOWLEDGED_MS: u32 = 2_073_600_000;
 
 /// The fleet as the proxy sees it.
 pub struct FleetWaker(pub Fleet);
@@ -36,7 +45,7 @@ impl Waker for FleetWaker {
     async fn connect(&self, request: WakeRequest) -> Result<Connected, WakeRefusal> {
         let ServiceRoute { machine, port, .. } = self.route(&request.target).await?;
         let source = match request.transport {
-            Transport::Http => WakeSource::Http,
+            Transport::Http | Transport::Upgrade => WakeSource::Http,
             Transport::Tcp => WakeSource::Tcp,
         };
         let cause = json!({
@@ -54,7 +63,24 @@ impl Waker for FleetWaker {
         } else {
             Upstream::Fresh(connect(&machine, &epoch, port).await?)
         };
-        Ok(self.connected(&request, machine, woken, upstream, awake_at))
+        let line = match (&upstream, request.transport) {
+            (Upstream::Fresh(stream), Transport::Upgrade | Transport::Tcp) => {
+                let open = self.open_line(stream, &machine, &epoch)?;
+                let line = FleetLine {
+                    fleet: self.0.clone(),
+                    machine: machine.clone(),
+                    port,
+                    source,
+                    client: request.client,
+                    open,
+                };
+                Some(Arc::new(line) as Arc<dyn Line>)
+            }
+            (Upstream::Fresh(_) | Upstream::Held, _) => None,
+        };
+        let mut connected = self.connected(&request, machine, woken, upstream, awake_at);
+        connected.line = line;
+        Ok(connected)
     }
 }
 
@@ -76,6 +102,28 @@ impl FleetWaker {
         }
     }
 
+    /// Enter a connection that may outlast pauses. A pause that began meanwhile either finds it or has cut it off.
+    fn open_line(
+        &self,
+        stream: &TcpStream,
+        machine: &MachineId,
+        epoch: &Epoch,
+    ) -> Result<OpenLine, WakeRefusal> {
+        let unusable = |error: std::io::Error| {
+            let message = format!("the connection to machine {machine} broke at once: {error}");
+            WakeRefusal::new(ErrorCode::GuestUnreachable, message)
+        };
+        // A guest that sleeps acknowledges nothing, for as long as it sleeps.
+        setsockopt(stream, sockopt::TcpUserTimeout, &LONGEST_UNACKNOWLEDGED_MS)
+            .map_err(|errno| unusable(errno.into()))?;
+        let socket = stream.as_fd().try_clone_to_owned().map_err(unusable)?;
+        let open = self.0.open_line(machine, socket);
+        if epoch.over.is_cancelled() {
+            return Err(overtaken(machine));
+        }
+        Ok(open)
+    }
+
     fn connected(
         &self,
         request: &WakeRequest,
@@ -93,40 +141,42 @@ impl FleetWaker {
         let trace = report
             .as_deref()
             .map(|report| trace(report, awake_at, request.accepted_at.elapsed()));
-        let on_first_byte = report.map(|_| self.first_byte(machine, &epoch, trace.as_ref()));
+        let on_first_byte = report.map(|_| {
+            let stages = trace.iter().flat_map(|trace: &WakeTrace| &trace.stages);
+            let stages = stages
+                .map(|(name, duration)| (format!("{name}_us"), micros(*duration).into()))
+                .collect();
+            report_first_byte(self.0.clone(), machine, Arc::clone(&epoch), stages)
+        });
         Connected {
             upstream,
             execution: epoch.execution.id().clone(),
             over: epoch.over.clone(),
             activity,
-            guard: match request.transport {
-                Transport::Http => Some(Box::new(pass)),
-                Transport::Tcp => None,
-            },
+            guard: Some(Box::new(pass)),
+            line: None,
             trace,
             on_first_byte,
         }
     }
+}
 
-    /// Tell the VMM that its working set is complete, and write down what the request felt.
-    fn first_byte(&self, machine: MachineId, epoch: &Arc<Epoch>, trace: Option<&WakeTrace>) -> FirstByteHook {
-        let fleet = self.0.clone();
-        let epoch = Arc::clone(epoch);
-        let stages: serde_json::Map<String, serde_json::Value> = trace
-            .into_iter()
-            .flat_map(|trace| &trace.stages)
-            .map(|(name, duration)| (format!("{name}_us"), micros(*duration).into()))
-            .collect();
-        Box::new(move |since_accepted| {
-            epoch.execution.first_byte();
-            tokio::spawn(async move {
-                let detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
-                fleet
-                    .record_first_byte(&machine, epoch.execution.id(), detail)
-                    .await;
-            });
-        })
-    }
+/// Tell the VMM that its working set is complete, and write down what the request felt.
+fn report_first_byte(
+    fleet: Fleet,
+    machine: MachineId,
+    epoch: Arc<Epoch>,
+    stages: serde_json::Map<String, serde_json::Value>,
+) -> FirstByteHook {
+    Box::new(move |since_accepted| {
+        epoch.execution.first_byte();
+        tokio::spawn(async move {
+            let detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
+            fleet
+                .record_first_byte(&machine, epoch.execution.id(), detail)
+                .await;
+        });
+    })
 }
 
 async fn connect(
@@ -142,11 +192,13 @@ async fn connect(
             }
             ConnectError::Unreachable { .. } => WakeRefusal::new(ErrorCode::GuestUnreachable, error.to_string()),
         }),
-        () = epoch.over.cancelled() => {
-            let message = format!("machine {machine} went to sleep or stopped before the connection was made");
-            Err(WakeRefusal::new(ErrorCode::ResumeFailed, message))
-        }
+        () = epoch.over.cancelled() => Err(overtaken(machine)),
     }
+}
+
+fn overtaken(machine: &MachineId) -> WakeRefusal {
+    let message = format!("machine {machine} went to sleep or stopped before the connection was made");
+    WakeRefusal::new(ErrorCode::ResumeFailed, message)
 }
 
 /// Stages with their own durations; those of the VMM are points in time since its request.

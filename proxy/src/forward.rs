@@ -4,6 +4,7 @@
 //! connection). Nothing here listens; nothing here knows machines.
 
 mod admission;
+mod frames;
 mod headers;
 mod http;
 mod tcp;

@@ -28,6 +28,6 @@ mod waker;
 
 pub use listen::{ListenError, Proxy, ProxyConfig};
 pub use waker::{
-    Activity, Admission, Cause, Connected, DEFAULT_RETRY_AFTER, EdgeCookie, FirstByteHook, Guard, Shown,
-    Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
+    Activity, Admission, Awake, Cause, Connected, DEFAULT_RETRY_AFTER, EdgeCookie, FirstByteHook, Guard,
+    Line, Shown, Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
 };

@@ -1,20 +1,18 @@
-//! Bodies and streams that are counted while they pass, and that hold what must last as long as they do.
+//! Bodies that are counted while they pass, and that hold what must last as long as they do.
 //!
-//! [`RequestBody`] and [`ResponseBody`] wrap HTTP bodies, [`Counted`] wraps a socket. None of them buffers: a
-//! frame is asked for only when the other side takes it, which is all the back-pressure there is.
+//! [`RequestBody`] and [`ResponseBody`] wrap HTTP bodies. None of them buffers: a frame is asked for only when the
+//! other side takes it, which is all the back-pressure there is.
 
 use crate::phase::UnderWay;
 use crate::waker::{Activity, Direction, Guard};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
-use std::io::{self, IoSlice};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
@@ -41,7 +39,12 @@ pub(crate) struct Tally {
 
 impl Tally {
     fn add(&self, direction: Direction, len_bytes: usize) {
-        self.machine.add(direction, len_bytes);
+        self.add_parts(direction, len_bytes, len_bytes);
+    }
+
+    /// Counts the payload with the machine and everything with the grant.
+    pub(crate) fn add_parts(&self, direction: Direction, len_payload_bytes: usize, len_bytes: usize) {
+        self.machine.add(direction, len_payload_bytes);
         if let Some(also) = &self.also {
             also.add(direction, len_bytes);
         }
@@ -215,78 +218,5 @@ impl GuestBody {
             None if self.over.is_cancelled() => Poll::Ready(Some(Err(BodyError::ExecutionOver))),
             None => Poll::Ready(None),
         }
-    }
-}
-
-/// A stream whose reads are counted; `on_first_byte` runs at the first.
-pub(crate) struct Counted<S> {
-    stream: S,
-    tally: Tally,
-    direction: Direction,
-    on_first_byte: Option<Box<dyn FnOnce() + Send + Sync>>,
-}
-
-impl<S> Counted<S> {
-    pub(crate) fn new(stream: S, tally: Tally, direction: Direction) -> Self {
-        Self {
-            stream,
-            tally,
-            direction,
-            on_first_byte: None,
-        }
-    }
-
-    pub(crate) fn on_first_byte(mut self, hook: Option<Box<dyn FnOnce() + Send + Sync>>) -> Self {
-        self.on_first_byte = hook;
-        self
-    }
-
-    pub(crate) fn get_ref(&self) -> &S {
-        &self.stream
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Counted<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let filled_before = buf.filled().len();
-        let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        let len_bytes = buf.filled().len() - filled_before;
-        if len_bytes > 0 {
-            self.tally.add(self.direction, len_bytes);
-            if let Some(hook) = self.on_first_byte.take() {
-                hook();
-            }
-        }
-        polled
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Counted<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
     }
 }

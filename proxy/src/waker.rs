@@ -35,6 +35,27 @@ pub trait Waker: Send + Sync + 'static {
     }
 }
 
+/// The way to one machine for a connection that may outlast pauses. Its drop says that the connection has ended.
+#[async_trait]
+pub trait Line: Send + Sync + 'static {
+    /// Leave to pass payload to the guest; wakes the machine if it sleeps, within the same bounds as a request.
+    async fn awake(&self) -> Result<Awake, WakeRefusal>;
+
+    /// Leave to pass what is no activity to the guest; `None` while the machine does not run.
+    fn enter_quietly(&self) -> Option<Guard>;
+
+    /// Cancelled when the guest's memory, and its end of the connection with it, is gone.
+    fn over(&self) -> &CancellationToken;
+}
+
+/// Leave to pass payload.
+pub struct Awake {
+    /// While it is held, a pause waits a little.
+    pub guard: Guard,
+    /// Called when the guest answers, if the machine was woken.
+    pub on_first_byte: Option<FirstByteHook>,
+}
+
 /// What an HTTP request shows to be let in. All of it is the client's word.
 #[derive(Clone, Default, PartialEq, Eq)]
 pub struct Shown {
@@ -110,8 +131,10 @@ pub enum Target {
 /// What kind of traffic asks; a wake policy may tell them apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Transport {
-    /// An HTTP request, or one that upgrades to something else.
+    /// An HTTP request.
     Http,
+    /// A request that asks for an upgrade.
+    Upgrade,
     /// A TCP connection.
     Tcp,
 }
@@ -170,8 +193,11 @@ pub struct Connected {
     pub over: CancellationToken,
     /// Where payload bytes are counted, usually one per machine.
     pub activity: std::sync::Arc<Activity>,
-    /// Held until the response is complete, or the upgraded or TCP connection ended.
+    /// Held until the response is complete, or the upgraded or TCP connection ended. With a [`Connected::line`]
+    /// only until the upgrade.
     pub guard: Option<Guard>,
+    /// How an upgraded or TCP connection outlasts pauses; without one it ends with its execution.
+    pub line: Option<std::sync::Arc<dyn Line>>,
     /// The stages of the wake, if this request caused one or waited for one.
     pub trace: Option<WakeTrace>,
     /// Called once when the first byte of the answer has come from the guest, with the time since
@@ -199,6 +225,7 @@ impl Connected {
             over: CancellationToken::new(),
             activity: std::sync::Arc::default(),
             guard: None,
+            line: None,
             trace: None,
             on_first_byte: None,
         }

@@ -7,12 +7,14 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use torpor_api::vmm::VmmState;
 
 use super::claim::{Claim, Claims};
 use super::live::{Holdings, VmmExecution, put_manifest};
+use super::parking::Parking;
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
 use crate::images::Images;
@@ -104,11 +106,17 @@ impl Found {
     }
 
     /// Make executions of them.
-    pub(super) async fn take_over(self, slots: &SlotPool, images: &Images, claims: &Claims) -> Vec<Adopted> {
+    pub(super) async fn take_over(
+        self,
+        slots: &SlotPool,
+        images: &Images,
+        claims: &Claims,
+        parking: &Arc<Parking>,
+    ) -> Vec<Adopted> {
         let mut adopted = Vec::new();
         for survivor in self.0 {
             match claims.try_take(&survivor.record.machine_id) {
-                Some(claim) => adopted.push(take_over(survivor, slots, images, claim).await),
+                Some(claim) => adopted.push(take_over(survivor, slots, images, claim, parking).await),
                 None => end_twin(survivor, slots).await,
             }
         }
@@ -126,7 +134,13 @@ async fn end_twin(survivor: Survivor, slots: &SlotPool) {
     survivor.dir.remove();
 }
 
-async fn take_over(survivor: Survivor, slots: &SlotPool, images: &Images, claim: Claim) -> Adopted {
+async fn take_over(
+    survivor: Survivor,
+    slots: &SlotPool,
+    images: &Images,
+    claim: Claim,
+    parking: &Arc<Parking>,
+) -> Adopted {
     let Survivor {
         dir,
         record,
@@ -135,9 +149,9 @@ async fn take_over(survivor: Survivor, slots: &SlotPool, images: &Images, claim:
         events,
         status,
     } = survivor;
-    let slot = slots.adopt(record.slot).map(|mut slot| {
+    let slot = slots.adopt(record.slot).map(|slot| {
         slot.keep();
-        slot
+        Arc::new(slot)
     });
     // Without its slot the machine is cut off until its next wake; ending it would cost its memory, too.
     let slot = slot.inspect_err(|error| {
@@ -169,6 +183,7 @@ async fn take_over(survivor: Survivor, slots: &SlotPool, images: &Images, claim:
         events,
         files,
         slot: slot.ok(),
+        parking: Arc::clone(parking),
         claim,
     });
     Adopted {

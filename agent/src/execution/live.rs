@@ -11,11 +11,13 @@ use std::time::{Duration, Instant, SystemTime};
 use async_trait::async_trait;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Event, ExitReason, PersistStats, VmmError, VmmErrorCode, VmmState};
 use torpor_api::{ErrorCode, ExecutionId};
 
 use super::claim::Claim;
+use super::parking::Parking;
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
 use super::{blocking, command, images_error};
@@ -48,7 +50,8 @@ pub(super) struct Holdings {
     pub(super) events: VmmEvents,
     pub(super) files: MachineFiles,
     /// Absent if it was lost while torpord was away.
-    pub(super) slot: Option<SlotLease>,
+    pub(super) slot: Option<Arc<SlotLease>>,
+    pub(super) parking: Arc<Parking>,
     pub(super) claim: Claim,
 }
 
@@ -61,6 +64,7 @@ pub(super) struct VmmExecution {
     guest: GuestClient,
     files: MachineFiles,
     slot: Mutex<Option<Arc<SlotLease>>>,
+    parking: Arc<Parking>,
     /// Given back when the process has ended.
     claim: Mutex<Option<Claim>>,
     exited: watch::Sender<Option<ExitReason>>,
@@ -77,7 +81,8 @@ impl VmmExecution {
             process: holdings.process,
             client: holdings.client,
             files: holdings.files,
-            slot: Mutex::new(holdings.slot.map(Arc::new)),
+            slot: Mutex::new(holdings.slot),
+            parking: holdings.parking,
             claim: Mutex::new(Some(holdings.claim)),
             exited: watch::Sender::new(None),
             attempt: watch::Sender::default(),
@@ -217,6 +222,23 @@ impl VmmExecution {
         .await
     }
 
+    /// End the VMM; answers when the machine's files are no longer open.
+    async fn end(&self) {
+        match tokio::time::timeout(END_GRACE, self.client.quit()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(error = super::chain(&error), "VMM refuses to quit"),
+            Err(_) => tracing::warn!(execution_id = %self.record.execution_id, "VMM does not answer a quit"),
+        }
+        self.end_process().await;
+    }
+
+    async fn remove_dir(&self) {
+        let dir = self.dir.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || dir.remove()).await {
+            tracing::warn!(%error, "run directory not removed");
+        }
+    }
+
     fn slot(&self) -> Option<Arc<SlotLease>> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -330,19 +352,24 @@ impl Execution for VmmExecution {
 
     async fn quit(&self) {
         let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match tokio::time::timeout(END_GRACE, self.client.quit()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(error = super::chain(&error), "VMM refuses to quit"),
-            Err(_) => tracing::warn!(execution_id = %self.record.execution_id, "VMM does not answer a quit"),
-        }
-        self.end_process().await;
+        self.end().await;
         if let Some(slot) = slot {
             slot.release();
         }
-        let dir = self.dir.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || dir.remove()).await {
-            tracing::warn!(%error, "run directory not removed");
-        }
+        self.remove_dir().await;
+    }
+
+    async fn quit_parked(&self, lost: CancellationToken) -> bool {
+        let slot = self.slot().filter(|slot| slot.has_tap());
+        let Some(slot) = slot else {
+            self.quit().await;
+            return false;
+        };
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.end().await;
+        self.remove_dir().await;
+        self.parking.park(self.record.machine_id.clone(), slot, lost);
+        true
     }
 
     fn exited(&self) -> watch::Receiver<Option<ExitReason>> {

@@ -57,7 +57,7 @@ impl OpenFiles {
 struct Taken {
     claim: Claim,
     blank: BlankVmm,
-    slot: SlotLease,
+    slot: Arc<SlotLease>,
     refills: Refills,
 }
 
@@ -205,7 +205,17 @@ impl Platform {
         let claim = self.claims.take(&machine.id).await;
         let held = self.slots.hold_refill();
         let slot = async {
-            self.slots.acquire().await.map_err(|error| {
+            // Clients may wait at its other end.
+            if let Some(parked) = self.parking.take(&machine.id) {
+                return Ok(parked);
+            }
+            let acquired = match self.slots.acquire().await {
+                Err(NetError::Exhausted { .. }) if self.parking.release_oldest() => {
+                    self.slots.acquire().await
+                }
+                acquired => acquired,
+            };
+            acquired.map(Arc::new).map_err(|error| {
                 let code = match error {
                     NetError::Exhausted { .. } => ErrorCode::CapacityExceeded,
                     _ => ErrorCode::Internal,
@@ -236,7 +246,7 @@ impl Platform {
         let Taken {
             claim,
             mut blank,
-            mut slot,
+            slot,
             refills,
         } = taken;
         let record = MachineRecord {
@@ -250,7 +260,7 @@ impl Platform {
         let claimed = blank.claim(record.clone());
         claimed.map_err(|error| HypervisorError::new(code, "cannot record the execution").because(error))?;
         let lost = || HypervisorError::new(code, "VMM or slot was taken apart before its time");
-        let tap = slot.take_tap().ok_or_else(lost)?;
+        let tap = slot.tap_for_vmm().ok_or_else(lost)?;
         let parts = blank.into_parts().ok_or_else(lost)?;
         slot.keep();
         let files = self.images.machine(&machine.id);
@@ -262,6 +272,7 @@ impl Platform {
             events: parts.events,
             files,
             slot: Some(slot),
+            parking: Arc::clone(&self.parking),
             claim,
         });
         let live = Live {

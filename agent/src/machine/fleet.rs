@@ -22,13 +22,15 @@ pub use view::{MachineQuery, status_counts};
 use super::clock::Clock;
 use super::driver::{self, Command, Entry, Live, Need, PauseOrder, WakeOrder, Woken};
 use super::error::MachineError;
-use super::gate::Gate;
+use super::gate::{Gate, Pass};
 use super::hypervisor::Hypervisor;
+use super::lines::{LineBook, OpenLine};
 use super::registry::{Handle, Registry};
 use super::routes::Routes;
 use crate::edge::Edge;
 use crate::ssh::Door;
 use crate::store::{MachineRow, NewEvent, Store};
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
@@ -116,6 +118,7 @@ pub struct Shared {
     pub(super) ssh: OnceLock<Arc<Door>>,
     pub(super) memory: Arc<Semaphore>,
     pub(super) edge: Edge,
+    pub(super) lines: Arc<LineBook>,
     pub(super) leases_changed: Notify,
     pub(super) retention_changed: Notify,
     turns: turns::Turns,
@@ -157,6 +160,7 @@ impl Fleet {
                 ssh: OnceLock::new(),
                 memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
                 edge: Edge::default(),
+                lines: Arc::default(),
                 leases_changed: Notify::new(),
                 retention_changed: Notify::new(),
                 turns: turns::Turns::default(),
@@ -219,6 +223,27 @@ impl Fleet {
             .resolve(text)
             .await?
             .ok_or_else(|| MachineError::not_found(cut(text)))
+    }
+
+    /// The way into a machine that runs.
+    #[must_use]
+    pub fn enter(&self, id: &MachineId) -> Option<Pass> {
+        self.shared.registry.find(id)?.gate.enter(self.now_unix_ms())
+    }
+
+    /// Likewise, without counting as activity.
+    #[must_use]
+    pub fn enter_quietly(&self, id: &MachineId) -> Option<Pass> {
+        self.shared.registry.find(id)?.gate.enter_quietly()
+    }
+
+    /// Enter a connection that may outlast pauses of the machine.
+    #[must_use]
+    pub fn open_line(&self, id: &MachineId, socket: OwnedFd) -> OpenLine {
+        let (hypervisor, machine) = (Arc::clone(&self.shared.hypervisor), id.clone());
+        self.shared
+            .lines
+            .open(id, socket, move || hypervisor.unpark(&machine))
     }
 
     /// Get the guest running for traffic, if its policy lets this traffic do so, within the bounded wait.

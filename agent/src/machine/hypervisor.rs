@@ -19,6 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, RestoreTrace, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
@@ -253,6 +254,11 @@ pub trait Hypervisor: Send + Sync + 'static {
         machine: &MachineSpec,
     ) -> Result<u64, HypervisorError>;
 
+    /// Give up what [`Execution::quit_parked`] kept for the machine, if anything.
+    fn unpark(&self, machine: &MachineId) {
+        let _ = machine;
+    }
+
     /// The last `max_bytes` of the machine's console; empty if it never ran.
     async fn console_tail(&self, machine: &MachineId, max_bytes: u64) -> Result<Vec<u8>, HypervisorError>;
 
@@ -283,6 +289,14 @@ pub trait Execution: Send + Sync + 'static {
     /// End the VMM, give its slot back, remove its run directory. Answers when the machine's files are no longer
     /// open. Can be called again, and after the VMM died.
     async fn quit(&self);
+
+    /// Likewise, but keep the network as the guest knows it for the machine's next restore, so that connections
+    /// live on. Answers whether it is kept; `lost` is cancelled if it is given up before that restore.
+    async fn quit_parked(&self, lost: CancellationToken) -> bool {
+        let _ = lost;
+        self.quit().await;
+        false
+    }
 
     /// Becomes `Some` when the guest ended or the VMM is gone.
     fn exited(&self) -> watch::Receiver<Option<ExitReason>>;
@@ -322,6 +336,8 @@ pub struct PlatformConfig {
     pub boot_timeout: std::time::Duration,
     /// Largest console log in bytes.
     pub console_limit_bytes: u64,
-    /// Most executions at a time, which is the number of network slots.
+    /// Most executions at a time.
     pub max_slots: u16,
+    /// Most machines whose network is kept while they sleep, because clients have connections open.
+    pub max_parked: u16,
 }

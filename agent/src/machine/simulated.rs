@@ -18,6 +18,7 @@ use async_trait::async_trait;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio_util::sync::CancellationToken;
 use torpor_api::vmm::{RestoreTrace, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
@@ -52,6 +53,7 @@ struct Inner {
     snapshots: BTreeMap<SnapshotId, snapshots::Saved>,
     live: HashMap<ExecutionId, Arc<SimulatedExecution>>,
     ports: HashMap<u16, SocketAddr>,
+    parked: HashMap<MachineId, CancellationToken>,
     n_boots: u64,
     n_restores: u64,
     n_forks: u64,
@@ -113,6 +115,19 @@ impl SimulatedHost {
         self.lock().files.keys().cloned().collect()
     }
 
+    /// Machines whose network is kept while they sleep.
+    #[must_use]
+    pub fn n_parked(&self) -> usize {
+        self.lock().parked.len()
+    }
+
+    /// Give up every network that is kept.
+    pub fn lose_parked(&self) {
+        for (_, lost) in self.lock().parked.drain() {
+            lost.cancel();
+        }
+    }
+
     /// What was done that must not be.
     #[must_use]
     pub fn violations(&self) -> Vec<String> {
@@ -150,6 +165,7 @@ impl SimulatedHost {
             let violation = format!("{id} of {machine} was started beside {}", other.id());
             inner.violations.push(violation);
         }
+        inner.parked.remove(machine);
         inner.live.insert(id.clone(), Arc::clone(&execution));
         execution
     }
@@ -257,6 +273,10 @@ impl Hypervisor for SimulatedHypervisor {
                 generation: image.generation,
             },
         }
+    }
+
+    fn unpark(&self, machine: &MachineId) {
+        self.0.lock().parked.remove(machine);
     }
 
     async fn delete_files(&self, machine: &MachineId) -> Result<(), HypervisorError> {

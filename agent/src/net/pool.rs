@@ -5,8 +5,10 @@
 //! are owned by tasks that finish whether or not anybody still waits, so no number is ever lost.
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -64,10 +66,13 @@ impl Shared {
     }
 
     /// Delete a slot in the background; its number is free after that.
-    fn scrub(self: &Arc<Self>, number: u16) {
+    fn scrub(self: &Arc<Self>, number: u16, tap: Option<OwnedFd>) {
         self.state().in_motion += 1;
         let shared = self.clone();
         tokio::spawn(async move {
+            // Closing the last descriptor of a tap takes milliseconds, and nothing may wait for it.
+            let closed = tokio::task::spawn_blocking(move || drop(tap)).await;
+            debug_assert!(closed.is_ok(), "closing a tap panicked");
             if let Err(error) = shared.remove(number).await {
                 // The next creation under this number removes what is left, or fails and says so.
                 tracing::warn!(error = crate::execution::chain(&error), "slot not removed");
@@ -81,7 +86,7 @@ impl Shared {
     /// A slot that was being made is there, and nobody waits for it: a spare, unless the pool is closing.
     fn arrived(self: &Arc<Self>, slot: Slot) {
         if self.state().closing {
-            self.scrub(slot.number);
+            self.scrub(slot.number, slot.tap);
             self.settle(|_| {});
         } else {
             self.settle(|state| state.spares.push(slot));
@@ -188,7 +193,7 @@ impl SlotPool {
 
     /// Give back a number that was `in_use` at the start and carries nothing.
     pub fn discard(&self, number: u16) {
-        self.shared.scrub(number);
+        self.shared.scrub(number, None);
     }
 
     /// Number of slots that are ready to be taken.
@@ -223,7 +228,7 @@ impl SlotPool {
             std::mem::take(&mut state.spares)
         };
         for slot in spares {
-            self.shared.scrub(slot.number);
+            self.shared.scrub(slot.number, slot.tap);
         }
         self.settled().await;
     }
@@ -268,24 +273,31 @@ impl SlotPool {
 
     fn lease(&self, slot: Slot) -> SlotLease {
         SlotLease {
-            slot,
+            number: slot.number,
+            netns: slot.netns,
+            tap: Mutex::new(slot.tap),
             shared: self.shared.clone(),
-            kept: false,
+            kept: AtomicBool::new(false),
         }
     }
 }
 
-/// A slot that carries one execution. Until [`SlotLease::keep`], dropping it gives the slot back.
+/// A slot that carries one execution, or waits parked for a machine's next one. Until [`SlotLease::keep`],
+/// dropping it gives the slot back.
 pub struct SlotLease {
-    slot: Slot,
+    number: u16,
+    netns: Arc<File>,
+    /// Absent in an adopted slot, whose VMM has the only one, and after a release.
+    tap: Mutex<Option<OwnedFd>>,
     shared: Arc<Shared>,
-    kept: bool,
+    kept: AtomicBool,
 }
 
 impl Drop for SlotLease {
     fn drop(&mut self) {
-        if !self.kept {
-            self.shared.scrub(self.slot.number);
+        if !*self.kept.get_mut() {
+            let tap = self.tap().take();
+            self.shared.scrub(self.number, tap);
         }
     }
 }
@@ -294,24 +306,41 @@ impl SlotLease {
     /// The slot's number.
     #[must_use]
     pub fn number(&self) -> u16 {
-        self.slot.number
+        self.number
     }
 
     /// A machine runs in it: the slot outlives this value, and torpord, until [`SlotLease::release`].
-    pub fn keep(&mut self) {
-        self.kept = true;
+    pub fn keep(&self) {
+        self.kept.store(true, Ordering::Release);
+    }
+
+    /// No machine runs in it: dropping the last holder of this value gives the slot back.
+    pub fn unkeep(&self) {
+        self.kept.store(false, Ordering::Release);
     }
 
     /// Give a kept slot back to be deleted, though others may still hold the lease for a connect under way.
     pub fn release(&self) {
-        if self.kept {
-            self.shared.scrub(self.slot.number);
+        if self.kept.load(Ordering::Acquire) {
+            let tap = self.tap().take();
+            self.shared.scrub(self.number, tap);
         }
     }
 
-    /// The tap, once: it goes to the VMM, whose descriptor alone then keeps it alive.
-    pub fn take_tap(&mut self) -> Option<OwnedFd> {
-        self.slot.tap.take()
+    /// Another descriptor of the tap, for a VMM. The slot's own keeps the tap when that VMM is gone.
+    #[must_use]
+    pub fn tap_for_vmm(&self) -> Option<OwnedFd> {
+        self.tap().as_ref().and_then(|tap| tap.try_clone().ok())
+    }
+
+    /// Whether the slot can carry another execution of the same machine.
+    #[must_use]
+    pub fn has_tap(&self) -> bool {
+        self.tap().is_some()
+    }
+
+    fn tap(&self) -> MutexGuard<'_, Option<OwnedFd>> {
+        self.tap.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A connection to a port of the guest, made inside the slot.
@@ -319,7 +348,7 @@ impl SlotLease {
     /// # Errors
     /// See [`ConnectError`].
     pub async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError> {
-        let attempt = connect::connect(self.slot.netns.clone(), port);
+        let attempt = connect::connect(self.netns.clone(), port);
         match tokio::time::timeout(CONNECT_DEADLINE, attempt).await {
             Ok(Ok(stream)) => Ok(stream),
             Ok(Err(error)) if error.kind() == io::ErrorKind::ConnectionRefused => {

@@ -1,14 +1,25 @@
-//! The tap device: the one kernel interface of a slot that has no safe wrapper.
+//! Kernel interfaces of a slot that have no safe wrapper: the tap device, and a socket's send queue.
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 
 /// Length of the virtio-net header in front of every packet, as VIRTIO 1 has it.
 static VNET_HEADER_LEN: libc::c_int = 12;
 
 nix::ioctl_write_ptr!(tun_set_vnet_header_len, b'T', 216, libc::c_int);
+
+nix::ioctl_read_bad!(send_queue_len, libc::TIOCOUTQ, libc::c_int);
+
+/// Bytes that were written to a TCP socket and not acknowledged by the other side yet.
+pub(super) fn unacknowledged_bytes(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut len_bytes: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which is TIOCOUTQ, writes one int at the address given, which lives through the call; the
+    // descriptor is open for as long as it is borrowed.
+    unsafe { send_queue_len(socket.as_raw_fd(), &raw mut len_bytes) }?;
+    usize::try_from(len_bytes).map_err(io::Error::other)
+}
 
 // The number is part of the kernel's interface: _IOW('T', 202, int).
 const _: () = assert!(libc::TUNSETIFF == 0x4004_54ca);

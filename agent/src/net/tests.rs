@@ -79,9 +79,9 @@ struct Guest {
 }
 
 impl Guest {
-    fn attach(slot: &mut SlotLease) -> Self {
+    fn attach(slot: &SlotLease) -> Self {
         let net = Netns::new();
-        let slot_tap = slot.take_tap().unwrap();
+        let slot_tap = slot.tap_for_vmm().unwrap();
         let tap = net.run(|| {
             let tap = sys::open_tap("eth0").unwrap();
             netlink(async |links| {
@@ -206,8 +206,8 @@ async fn accept(listener: TcpListener) -> TcpStream {
 fn a_connect_reaches_the_guest_and_a_closed_port_is_refused() {
     on_a_host(async |config, _| {
         let pool = start(config).await;
-        let mut slot = pool.acquire().await.unwrap();
-        let guest = Guest::attach(&mut slot);
+        let slot = pool.acquire().await.unwrap();
+        let guest = Guest::attach(&slot);
         let server = guest.net.listen(8080);
         let client = slot.connect(8080).await.unwrap();
         let mut served = accept(server).await;
@@ -230,9 +230,9 @@ fn a_connect_reaches_the_guest_and_a_closed_port_is_refused() {
 fn a_guest_reaches_the_outside_but_not_the_host_nor_metadata_nor_other_slots() {
     on_a_host(async |config, world| {
         let pool = start(config).await;
-        let mut slot = pool.acquire().await.unwrap();
-        let mut neighbour = pool.acquire().await.unwrap();
-        let (guest, other) = (Guest::attach(&mut slot), Guest::attach(&mut neighbour));
+        let slot = pool.acquire().await.unwrap();
+        let neighbour = pool.acquire().await.unwrap();
+        let (guest, other) = (Guest::attach(&slot), Guest::attach(&neighbour));
         let _everywhere = world.listen(80);
         let _host = TcpListener::bind("0.0.0.0:81").unwrap();
         let _other = other.net.listen(82);
@@ -275,8 +275,8 @@ fn a_guest_reaches_the_outside_but_not_the_host_nor_metadata_nor_other_slots() {
 fn a_packet_with_another_source_than_the_guests_own_never_leaves() {
     on_a_host(async |config, world| {
         let pool = start(config).await;
-        let mut slot = pool.acquire().await.unwrap();
-        let guest = Guest::attach(&mut slot);
+        let slot = pool.acquire().await.unwrap();
+        let guest = Guest::attach(&slot);
         let _server = world.listen(80);
         assert!(guest.net.connects(WORLD, 80, SOON));
         guest.net.run(|| {
@@ -316,8 +316,8 @@ fn a_packet_with_another_source_than_the_guests_own_never_leaves() {
 fn dns_queries_to_the_gateway_reach_the_hosts_resolver_and_the_answer_comes_back() {
     on_a_host(async |config, world| {
         let pool = start(config).await;
-        let mut slot = pool.acquire().await.unwrap();
-        let guest = Guest::attach(&mut slot);
+        let slot = pool.acquire().await.unwrap();
+        let guest = Guest::attach(&slot);
         let resolver = world.run(|| UdpSocket::bind("0.0.0.0:53").unwrap());
         let asker = guest.net.run(|| UdpSocket::bind("0.0.0.0:0").unwrap());
         for socket in [&resolver, &asker] {
@@ -368,8 +368,8 @@ fn a_kept_slot_survives_its_pool_and_a_start_removes_all_others() {
         let pool = start(config).await;
         pool.settled().await;
         assert_eq!(pool.spares(), 1);
-        let mut kept = pool.acquire().await.unwrap();
-        let guest = Guest::attach(&mut kept);
+        let kept = pool.acquire().await.unwrap();
+        let guest = Guest::attach(&kept);
         let server = guest.net.listen(8080);
         pool.settled().await;
         kept.keep();
@@ -381,7 +381,7 @@ fn a_kept_slot_survives_its_pool_and_a_start_removes_all_others() {
         let pool = SlotPool::start(config.clone(), &BTreeSet::from([number]))
             .await
             .unwrap();
-        let mut adopted = pool.adopt(number).unwrap();
+        let adopted = pool.adopt(number).unwrap();
         adopted.keep();
         assert_eq!(inode(config, number), netns);
         adopted.connect(8080).await.unwrap();

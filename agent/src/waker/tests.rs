@@ -179,3 +179,4 @@ async fn a_host_name_reaches_exposed_ports_only() {
 }
 
 mod edge;
+mod lines;

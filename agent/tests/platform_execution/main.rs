@@ -48,6 +48,7 @@ impl Host {
             vmm_path: fake_vmm::install(self.dir.path(), mode),
             boot_timeout: Duration::from_secs(if mode == "silent_guest" { 1 } else { 30 }),
             console_limit_bytes: 1 << 20,
+            max_parked: 4,
             max_slots: self.max_slots,
         };
         let net = NetConfig {

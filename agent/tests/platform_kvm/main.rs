@@ -87,6 +87,7 @@ while True:
             vmm_path: installed("TORPOR_TEST_VMM", "/usr/libexec/torpor/torpor-vmm"),
             boot_timeout: Duration::from_secs(180),
             console_limit_bytes: 1 << 20,
+            max_parked: 4,
             max_slots: 8,
         };
         let net = NetConfig {

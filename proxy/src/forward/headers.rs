@@ -10,6 +10,7 @@ use http::{Uri, Version};
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use super::tunnel::Framing;
 use crate::waker::WakeTrace;
 
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
@@ -31,6 +32,16 @@ pub(crate) fn asks_for_upgrade(parts: &Parts) -> bool {
     parts.version == Version::HTTP_11
         && parts.headers.contains_key(header::UPGRADE)
         && nominated(&parts.headers).any(|name| name == header::UPGRADE)
+}
+
+/// What passes through once the connection is upgraded.
+pub(super) fn framing(parts: &Parts) -> Framing {
+    let websocket = |value: &HeaderValue| value.as_bytes().eq_ignore_ascii_case(b"websocket");
+    if parts.headers.get(header::UPGRADE).is_some_and(websocket) {
+        Framing::WebSocket
+    } else {
+        Framing::None
+    }
 }
 
 pub(crate) fn expects_continue(headers: &HeaderMap) -> bool {

@@ -5,7 +5,7 @@
 //! guest is kept between requests, for the same target and the same execution only. A client that disconnects
 //! drops the future of its request, and with it this waiter alone.
 
-use super::tunnel::join_upgraded;
+use super::tunnel::{Framing, Tunnel};
 use super::upstream::{Link, MAX_HEADERS, SendError};
 use super::{Permit, Shared};
 use super::{admission, headers};
@@ -13,7 +13,7 @@ use crate::meter::{RequestBody, ResponseBody, Tally};
 use crate::phase::{ClientSocket, Phase, UnderWay};
 use crate::respond;
 use crate::waker::{
-    Admission, Cause, Connected, FirstByteHook, Guard, Transport, Upstream, WakeRefusal, WakeRequest,
+    Admission, Cause, Connected, FirstByteHook, Guard, Line, Transport, Upstream, WakeRefusal, WakeRequest,
     WakeTrace,
 };
 use http::{Method, Request, Response, StatusCode, Version};
@@ -101,6 +101,7 @@ struct Leave {
     tally: Tally,
     over: CancellationToken,
     guard: Option<Guard>,
+    line: Option<Arc<dyn Line>>,
     trace: Option<WakeTrace>,
     on_first_byte: Option<FirstByteHook>,
     waited: Duration,
@@ -159,11 +160,15 @@ impl Connection {
         let shown = admission::shown(&parts, wants_upgrade);
         let admission = self.shared.waker.admit(&asked, &shown).await?;
         asked.target = admission.target.clone();
+        let framing = headers::framing(&parts);
+        if wants_upgrade {
+            asked.transport = Transport::Upgrade;
+        }
         admission::take_off(&mut parts, &admission);
         headers::towards_guest(&mut parts, wants_upgrade);
         let request = prepare(Request::from_parts(parts, RequestBody::new(incoming)));
         let (response, link, leave) = self.send(asked, request, &admission).await?;
-        let client_upgrade = wants_upgrade.then_some(client_upgrade);
+        let client_upgrade = wants_upgrade.then_some((client_upgrade, framing));
         let mut response = self.answer(response, link, leave, client_upgrade, clock)?;
         if let Some(cookie) = admission::set_cookie(&admission) {
             response.headers_mut().append(http::header::SET_COOKIE, cookie);
@@ -182,6 +187,8 @@ impl Connection {
         let mut held = self
             .link()
             .take()
+            // What is upgraded is a connection of its own from the start.
+            .filter(|_| asked.transport == Transport::Http)
             .filter(|link| link.target == asked.target && !link.is_closed());
         let broken = request.body().broken();
         let mut trace = None;
@@ -226,6 +233,7 @@ impl Connection {
             over,
             activity,
             guard,
+            line,
             trace,
             on_first_byte,
         } = connected;
@@ -237,6 +245,7 @@ impl Connection {
             },
             over: over.clone(),
             guard,
+            line,
             trace,
             on_first_byte,
             waited,
@@ -261,13 +270,14 @@ impl Connection {
         mut response: Response<Incoming>,
         link: Link,
         leave: Leave,
-        client_upgrade: Option<OnUpgrade>,
+        client_upgrade: Option<(OnUpgrade, Framing)>,
         clock: Clock,
     ) -> Result<Response<ResponseBody>, WakeRefusal> {
         let Leave {
             tally,
             over,
             guard,
+            line,
             trace,
             on_first_byte,
             waited,
@@ -285,10 +295,19 @@ impl Connection {
             headers::add_server_timing(&mut parts.headers, waited, accept, &trace);
         }
         let body = match (guest_upgrade, client_upgrade) {
-            (Some(guest), Some(client)) => {
+            (Some(guest), Some((client, framing))) => {
                 let permit = Arc::clone(&self.permit);
+                let tunnel = Tunnel {
+                    framing,
+                    tally,
+                    line,
+                    over,
+                    guard,
+                    on_first_byte: None,
+                    accepted_at: clock.accepted_at,
+                };
                 self.shared.tasks.spawn(async move {
-                    join_upgraded(client, guest, tally, over, guard).await;
+                    join_upgraded(client, guest, tunnel).await;
                     drop(permit);
                 });
                 ResponseBody::own(bytes::Bytes::new())
@@ -305,6 +324,17 @@ impl Connection {
 
     fn link(&self) -> MutexGuard<'_, Option<Link>> {
         self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Joins two connections that have agreed to speak something else than HTTP.
+async fn join_upgraded(client: OnUpgrade, guest: OnUpgrade, tunnel: Tunnel) {
+    let joined = match tokio::try_join!(client, guest) {
+        Ok((client, guest)) => tunnel.join(TokioIo::new(client), TokioIo::new(guest)).await,
+        Err(error) => return tracing::debug!(error = %error, "an upgraded connection closed before it began"),
+    };
+    if let Err(error) = joined {
+        tracing::debug!(error = %error, "an upgraded connection broke off");
     }
 }
 

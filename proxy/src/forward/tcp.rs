@@ -4,10 +4,10 @@
 //! is a reset.
 
 use super::Shared;
-use super::tunnel::copy_both;
-use crate::meter::{Counted, Tally};
+use super::tunnel::{Framing, Tunnel};
+use crate::meter::Tally;
 use crate::route::Route;
-use crate::waker::{Cause, Connected, Direction, Target, Transport, Upstream, WakeRequest};
+use crate::waker::{Cause, Connected, Target, Transport, Upstream, WakeRequest};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use tokio::io::Interest;
@@ -46,35 +46,30 @@ pub(crate) async fn serve_tcp(shared: Arc<Shared>, stream: TcpStream, client: So
     }
 }
 
-async fn carry(client: TcpStream, connected: Connected, accepted_at: Instant) {
-    let Connected {
-        upstream,
-        over,
-        activity,
-        guard,
-        on_first_byte,
-        ..
-    } = connected;
-    let Upstream::Fresh(guest) = upstream else {
+async fn carry(mut client: TcpStream, connected: Connected, accepted_at: Instant) {
+    let Upstream::Fresh(mut guest) = connected.upstream else {
         tracing::error!("the waker answered a TCP connection with a held one");
         return reset(&client);
     };
     // A socket that refuses is closed already, which the copy finds out.
     let _ = guest.set_nodelay(true);
-    let hook = on_first_byte
-        .map(|hook| Box::new(move || hook(accepted_at.elapsed())) as Box<dyn FnOnce() + Send + Sync>);
-    let tally = Tally {
-        machine: activity,
-        also: None,
+    let tunnel = Tunnel {
+        framing: Framing::None,
+        tally: Tally {
+            machine: connected.activity,
+            also: None,
+        },
+        line: connected.line,
+        over: connected.over,
+        guard: connected.guard,
+        on_first_byte: connected.on_first_byte,
+        accepted_at,
     };
-    let mut client = Counted::new(client, tally.clone(), Direction::ToGuest);
-    let mut guest = Counted::new(guest, tally, Direction::FromGuest).on_first_byte(hook);
-    if copy_both(&mut client, &mut guest, &over).await.is_err() {
+    if tunnel.join(&mut client, &mut guest).await.is_err() {
         // A half-copied stream must not look like one that ended.
-        reset(client.get_ref());
-        reset(guest.get_ref());
+        reset(&client);
+        reset(&guest);
     }
-    drop(guard);
 }
 
 /// Returns when the client has reset the connection or closed it both ways. A client that only ended its sending

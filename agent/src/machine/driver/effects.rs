@@ -2,6 +2,7 @@
 
 use super::super::error::MachineError;
 use super::super::fleet::Shared;
+use super::super::gate::Epoch;
 use super::super::hypervisor::{Execution, HypervisorError, MachineSpec, Ran};
 use super::super::state::{Committed, Effect, Event};
 use super::first::{self, First};
@@ -28,7 +29,7 @@ impl Driver {
                 if let Some(epoch) = self.epoch.clone() {
                     epoch.execution.quit().await;
                 }
-                self.let_go();
+                self.lose();
             }
             Effect::Boot => self.begin_boot(event).await,
             Effect::Restore => self.begin(effect, restore(Arc::clone(&self.shared), self.up_order())),
@@ -77,6 +78,7 @@ impl Driver {
         if !matches!(self.row.committed, Committed::Creating | Committed::Stopped) {
             self.commit_before_boot(event).await;
         }
+        self.lose_lines();
         let mut order = self.up_order();
         if self.row.committed == Committed::Creating {
             order.first = std::mem::take(&mut self.first);
@@ -90,10 +92,14 @@ impl Driver {
         };
         let gate = Arc::clone(&self.gate);
         let grace = self.shared.settings.drain_grace;
+        let (shared, id) = (Arc::clone(&self.shared), self.id.clone());
         self.begin(Effect::Freeze, async move {
             // Requests that outlast the grace are cut off by the pause.
             let _ = tokio::time::timeout(grace, gate.drain()).await;
             gate.shut();
+            if let Some(lines) = shared.lines.of(&id) {
+                lines.settle().await;
+            }
             Outcome::Frozen(epoch.execution.freeze().await)
         });
     }
@@ -129,10 +135,10 @@ impl Driver {
 
     fn begin_evict(&mut self) {
         let epoch = self.epoch.clone();
+        let (shared, id) = (Arc::clone(&self.shared), self.id.clone());
         self.begin(Effect::Evict, async move {
             if let Some(epoch) = epoch {
-                epoch.over.cancel();
-                epoch.execution.quit().await;
+                evict(&shared, &id, &epoch).await;
             }
             Outcome::Evicted
         });
@@ -170,6 +176,20 @@ impl Driver {
             }
             Outcome::Deleted(delete(&shared, &id, event, &ports).await)
         });
+    }
+}
+
+/// Requests under way end with the execution; connections that clients keep open wait for the next one.
+async fn evict(shared: &Shared, id: &torpor_api::MachineId, epoch: &Epoch) {
+    epoch.over.cancel();
+    let Some(lines) = shared.lines.of(id) else {
+        return epoch.execution.quit().await;
+    };
+    if !epoch.execution.quit_parked(lines.over().clone()).await {
+        shared.lines.lose(id);
+    } else if lines.is_empty() {
+        // The last one closed meanwhile, and found nothing to give up.
+        shared.hypervisor.unpark(id);
     }
 }
 

@@ -39,6 +39,18 @@ impl Driver {
         }
     }
 
+    /// Let go of an execution whose memory nothing will restore: open connections end with it.
+    pub(super) fn lose(&mut self) {
+        self.let_go();
+        self.lose_lines();
+    }
+
+    /// End the connections that clients keep open to the machine.
+    pub(super) fn lose_lines(&self) {
+        self.shared.lines.lose(&self.id);
+        self.shared.hypervisor.unpark(&self.id);
+    }
+
     /// The VMM ended without being asked to.
     pub(super) async fn ended(&mut self, reason: ExitReason) {
         self.exit = None;
@@ -50,7 +62,7 @@ impl Driver {
         if let Some(epoch) = self.epoch.clone() {
             epoch.execution.quit().await;
         }
-        self.let_go();
+        self.lose();
         let event = self.judge(reason).await;
         self.apply(event).await;
     }

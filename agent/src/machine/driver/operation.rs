@@ -143,7 +143,7 @@ impl Driver {
                 Event::Evicted
             }
             Outcome::Deleted(Ok(())) => {
-                self.let_go();
+                self.lose();
                 Event::Deleted
             }
             Outcome::Deleted(Err(error)) => {
@@ -168,6 +168,10 @@ impl Driver {
     /// A refused image may also be one that the disk has left behind: that memory is lost, not to be tried again.
     async fn restore_failed(&mut self, error: HypervisorError) -> Event {
         use super::super::hypervisor::ImageState;
+        // Any other attempt has taken the network that was kept, and has given it up.
+        if error.code != ErrorCode::CapacityExceeded {
+            self.lose_lines();
+        }
         if !error.refuses_image() {
             self.fail(error.into());
             self.record_failure("machine.resume_failed").await;
@@ -186,7 +190,7 @@ impl Driver {
         if let Some(epoch) = self.epoch.clone() {
             epoch.execution.quit().await;
         }
-        self.let_go();
+        self.lose();
         let reason = told.unwrap_or_else(|| ExitReason::Failed {
             message: chain(error),
         });

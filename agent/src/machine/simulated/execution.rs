@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
@@ -211,6 +212,12 @@ impl Execution for SimulatedExecution {
             });
             first
         });
+    }
+
+    async fn quit_parked(&self, lost: CancellationToken) -> bool {
+        self.quit().await;
+        self.host.lock().parked.insert(self.machine.clone(), lost);
+        true
     }
 
     fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
