@@ -8,12 +8,19 @@
 //! | operation | client sends | guest sends |
 //! |---|---|---|
 //! | exec | `Stdin`*, `StdinEof`, `Resize`*, `Signal`* | `Started`, (`Stdout` \| `Stderr`)*, then `Response` |
+//! | kept exec, attach | the same | `Attached`, (`Stdout` \| `Stderr` \| `InputTaken`)*, then `Response` |
+//! | file list | – | `Entries`*, then `Response` |
 //! | file read | – | `Data`*, then `Response` |
 //! | file write | `Data`*, `DataEof` | `Response` |
 //! | all others | – | `Response` |
 
+mod file;
+mod process;
+
+pub use file::{FileAttributes, FileEntry, FileType};
+pub use process::{AttachSpec, Attached, ExecSpec, HoldState, ProcessEntry, WindowSize};
+
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
 
 /// vsock port on which `torpor-guest` listens.
 pub const AGENT_PORT: u32 = 1024;
@@ -50,6 +57,12 @@ pub enum FrameType {
     Data = 11,
     /// No more bytes of a file.
     DataEof = 12,
+    /// JSON of an [`Attached`].
+    Attached = 13,
+    /// How many bytes of standard input the process's session has taken so far, as a little-endian `u64`.
+    InputTaken = 14,
+    /// JSON array of [`FileEntry`].
+    Entries = 15,
 }
 
 impl TryFrom<u8> for FrameType {
@@ -57,7 +70,8 @@ impl TryFrom<u8> for FrameType {
     fn try_from(byte: u8) -> Result<Self, FrameError> {
         use FrameType::*;
         [
-            Request, Response, Error, Stdin, StdinEof, Stdout, Stderr, Resize, Signal, Started, Data, DataEof,
+            Request, Response, Error, Stdin, StdinEof, Stdout, Stderr, Resize, Signal, Started, Data,
+            DataEof, Attached, InputTaken, Entries,
         ]
         .into_iter()
         .find(|kind| *kind as u8 == byte)
@@ -102,15 +116,6 @@ pub fn encode_header(kind: FrameType, len: usize) -> Result<[u8; HEADER_LEN], Fr
     Ok([kind as u8, a, b, c, d])
 }
 
-/// A terminal's size.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct WindowSize {
-    /// Lines.
-    pub rows: u16,
-    /// Columns.
-    pub cols: u16,
-}
-
 /// What the host asks of the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
@@ -147,6 +152,22 @@ pub enum GuestRequest {
     },
     /// Usage figures.
     Metrics,
+    /// Join the streams of a process that an exec started, or read what is kept of its output.
+    Attach(AttachSpec),
+    /// The processes that execs started: those that run, and the last ones that ended.
+    Processes,
+    /// Who keeps the machine awake from inside.
+    HoldState,
+    /// Keep the machine awake, as long as it has a sliding lease. Only from inside the guest.
+    Hold {
+        /// For so long, counted while the machine is awake.
+        seconds: u64,
+        /// What for, for people.
+        #[serde(default)]
+        reason: String,
+    },
+    /// End the hold. Only from inside the guest.
+    Release,
     /// Read a file from an offset.
     FileRead {
         /// Absolute path.
@@ -157,70 +178,111 @@ pub enum GuestRequest {
         /// Most bytes; to the end if not given.
         #[serde(default)]
         len: Option<u64>,
+        /// As this user; root if not given.
+        #[serde(default)]
+        user: Option<String>,
     },
     /// Write a file; parents are made.
     FileWrite {
         /// Absolute path.
         path: String,
-        /// Permission bits; 0o644 if not given.
+        /// Permission bits; 0o644 for a new file if not given.
         #[serde(default)]
         mode: Option<u32>,
         /// Keep what is there and add to it.
         #[serde(default)]
         append: bool,
+        /// Keep what is there and write from this byte on.
+        #[serde(default)]
+        offset: Option<u64>,
+        /// Refuse if something is there.
+        #[serde(default)]
+        exclusive: bool,
+        /// As this user, who then owns a new file; root if not given.
+        #[serde(default)]
+        user: Option<String>,
     },
-    /// Entries of a directory.
+    /// Entries of a directory, by name, each directory followed by what it holds.
     FileList {
         /// Absolute path.
         path: String,
+        /// Levels of directories; 1 lists only this one.
+        #[serde(default = "one")]
+        depth: u32,
+        /// Leave out so many entries from the beginning.
+        #[serde(default)]
+        skip: u64,
+        /// At most so many entries; all if not given.
+        #[serde(default)]
+        limit: Option<u64>,
+        /// As this user; root if not given.
+        #[serde(default)]
+        user: Option<String>,
     },
     /// What is at a path.
     FileStat {
         /// Absolute path.
         path: String,
+        /// Of what a link points to, not of the link.
+        #[serde(default)]
+        follow: bool,
+        /// As this user; root if not given.
+        #[serde(default)]
+        user: Option<String>,
+    },
+    /// Change what is given of a file's attributes; links are followed.
+    FileSet {
+        /// Absolute path.
+        path: String,
+        /// What to change.
+        attributes: FileAttributes,
+        /// As this user; root if not given.
+        #[serde(default)]
+        user: Option<String>,
     },
     /// Make a directory and its parents.
     MakeDir {
         /// Absolute path.
         path: String,
+        /// As this user, who then owns it; root if not given.
+        #[serde(default)]
+        user: Option<String>,
     },
-    /// Rename.
+    /// Make a symbolic link.
+    Symlink {
+        /// Absolute path of the link.
+        path: String,
+        /// What it points to.
+        target: String,
+        /// As this user; root if not given.
+        #[serde(default)]
+        user: Option<String>,
+    },
+    /// Rename; what is at the new path is replaced.
     FileMove {
         /// Absolute path.
         from: String,
         /// Absolute path.
         to: String,
+        /// As this user; root if not given.
+        #[serde(default)]
+        user: Option<String>,
     },
     /// Remove a file or, with everything in it, a directory.
     FileRemove {
         /// Absolute path.
         path: String,
-        /// Directories too.
+        /// Directories with everything in them too.
         #[serde(default)]
         recursive: bool,
+        /// As this user; root if not given.
+        #[serde(default)]
+        user: Option<String>,
     },
 }
 
-/// How to run a process.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ExecSpec {
-    /// Program and arguments; a program without `/` is looked up in the PATH of `env`.
-    pub argv: Vec<String>,
-    /// Added to the default environment of the user.
-    pub env: BTreeMap<String, String>,
-    /// Working directory; the guest's default if not given.
-    pub cwd: Option<String>,
-    /// User name; root if not given.
-    pub user: Option<String>,
-    /// Take `Stdin` frames; otherwise standard input is empty.
-    pub stdin: bool,
-    /// Run under a terminal of this size; standard error is then part of standard output.
-    pub tty: Option<WindowSize>,
-    /// Kill the group after so many milliseconds of the guest's monotonic clock.
-    pub timeout_ms: Option<u64>,
-    /// Answer after `Started`; the process lives on, its output goes to a log in the guest.
-    pub background: bool,
+fn one() -> u32 {
+    1
 }
 
 /// What the guest answers.
@@ -246,7 +308,8 @@ pub enum GuestResponse {
         /// Something accepts.
         listening: bool,
     },
-    /// To an exec: how the process ended. For a background one right after the start, without a code.
+    /// To an exec or an attach: how the process ended. Without a code if it still runs: for a background exec,
+    /// and for an attach that does not follow.
     Exited {
         /// PID.
         pid: u32,
@@ -267,60 +330,47 @@ pub enum GuestResponse {
         disk_used_bytes: u64,
         /// Root file system in all, in bytes.
         disk_total_bytes: u64,
+        /// Number of CPUs.
+        #[serde(default)]
+        cpus: u32,
+        /// Length of the interval that `interval_busy_us` is of: since the question before, in microseconds.
+        #[serde(default)]
+        interval_us: u64,
+        /// Busy share of all CPUs in that interval, in microseconds of CPU time.
+        #[serde(default)]
+        interval_busy_us: u64,
+        /// Received by all network interfaces but loopback since boot, in bytes.
+        #[serde(default)]
+        net_rx_bytes: u64,
+        /// Sent by them, in bytes.
+        #[serde(default)]
+        net_tx_bytes: u64,
     },
     /// To a stat.
     Stat {
         /// What is there.
         entry: FileEntry,
     },
-    /// To a list.
-    List {
-        /// By name.
-        entries: Vec<FileEntry>,
+    /// To a list, after its entries.
+    Listed {
+        /// There are more than were asked for.
+        more: bool,
+    },
+    /// To a list of processes.
+    Processes {
+        /// Oldest first.
+        processes: Vec<ProcessEntry>,
+    },
+    /// To a question about holds.
+    Held {
+        /// The hold, if there is one.
+        hold: Option<HoldState>,
     },
     /// To a read or a write.
     Transferred {
         /// Bytes.
         bytes: u64,
     },
-}
-
-/// Kinds of directory entries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum FileType {
-    /// Regular file.
-    File,
-    /// Directory.
-    Directory,
-    /// Symbolic link.
-    Symlink,
-    /// Socket, device, pipe.
-    Other,
-}
-
-/// A directory entry.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct FileEntry {
-    /// Last part of the path.
-    pub name: String,
-    /// Whole path.
-    pub path: String,
-    /// Kind; links are not followed.
-    pub file_type: FileType,
-    /// Size in bytes.
-    pub size: u64,
-    /// Permission bits.
-    pub mode: u32,
-    /// User ID.
-    pub uid: u32,
-    /// Group ID.
-    pub gid: u32,
-    /// Last change in Unix milliseconds.
-    pub modified_unix_ms: i64,
-    /// Where a link points.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub symlink_target: Option<String>,
 }
 
 /// Why the guest could not.
@@ -335,6 +385,12 @@ pub enum GuestErrorCode {
     Os,
     /// The program could not be started.
     ExecFailed,
+    /// The user may not.
+    PermissionDenied,
+    /// Something is there already, a directory is not empty, or a file is where a directory should be.
+    Conflict,
+    /// The guest's disk is full.
+    NoSpace,
 }
 
 /// An error of the guest agent.

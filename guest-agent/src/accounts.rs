@@ -3,6 +3,7 @@
 
 use crate::sys::spawn::Credentials;
 use nix::unistd::{Gid, Uid};
+use std::collections::HashMap;
 use std::io;
 use std::path::Path;
 
@@ -125,6 +126,47 @@ fn groups_of(groups: &str, account: &Account) -> Vec<Gid> {
     found
 }
 
+/// Names of user and group IDs, as they are at one moment.
+#[derive(Debug, Default)]
+pub struct Names {
+    users: HashMap<u32, String>,
+    groups: HashMap<u32, String>,
+}
+
+impl Names {
+    /// Read them. What can't be read names nobody.
+    pub fn read() -> Self {
+        Self {
+            users: names_by_id(&read("/etc/passwd").unwrap_or_default()),
+            groups: names_by_id(&read("/etc/group").unwrap_or_default()),
+        }
+    }
+
+    /// Name of a user ID.
+    pub fn user(&self, uid: u32) -> Option<String> {
+        self.users.get(&uid).cloned()
+    }
+
+    /// Name of a group ID.
+    pub fn group(&self, gid: u32) -> Option<String> {
+        self.groups.get(&gid).cloned()
+    }
+}
+
+/// Both files have the name first and its ID third; the first line of an ID counts.
+fn names_by_id(text: &str) -> HashMap<u32, String> {
+    let mut names = HashMap::new();
+    for line in text.lines() {
+        let mut fields = line.split(':');
+        if let Some(name) = fields.next().filter(|name| !name.is_empty())
+            && let Some(id) = fields.nth(1).and_then(|id| id.parse().ok())
+        {
+            names.entry(id).or_insert_with(|| name.to_owned());
+        }
+    }
+    names
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,6 +198,13 @@ mod tests {
         for name in ["broken", "noid", "", "nobody"] {
             assert_eq!(parse(PASSWD, GROUP, name), None, "{name:?}");
         }
+    }
+
+    #[test]
+    fn ids_have_the_name_of_their_first_line() {
+        let names = names_by_id("root:x:0:0::/:\ntoor:x:0:0::/:\n:x:5:\nbad:x:y:\ndev:x:1000:\n");
+        assert_eq!(names.get(&0).map(String::as_str), Some("root"));
+        assert_eq!((names.len(), names.contains_key(&1000)), (2, true));
     }
 
     #[test]

@@ -109,11 +109,6 @@ impl Children {
         signal_group(pid, signal).map_err(|source| SignalError::Refused { pid, signal, source })
     }
 
-    /// Is this PID a running child?
-    pub fn is_running(&self, pid: i32) -> bool {
-        self.lock().contains_key(&pid)
-    }
-
     fn lock(&self) -> MutexGuard<'_, HashMap<i32, Arc<Child>>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -14,6 +14,12 @@ use torpor_api::guest::{GuestError, GuestErrorCode};
 fn code_of(source: &io::Error) -> GuestErrorCode {
     match source.kind() {
         io::ErrorKind::NotFound => GuestErrorCode::NotFound,
+        io::ErrorKind::PermissionDenied => GuestErrorCode::PermissionDenied,
+        io::ErrorKind::AlreadyExists
+        | io::ErrorKind::DirectoryNotEmpty
+        | io::ErrorKind::IsADirectory
+        | io::ErrorKind::NotADirectory => GuestErrorCode::Conflict,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => GuestErrorCode::NoSpace,
         _ => GuestErrorCode::Os,
     }
 }
@@ -27,11 +33,14 @@ impl From<FileError> for Failed {
     fn from(cause: FileError) -> Self {
         let code = match &cause {
             FileError::Path { source, .. } | FileError::Move { source, .. } => code_of(source),
-            FileError::BadPath { .. } | FileError::NotAFile { .. } | FileError::BadMode(_) => {
-                GuestErrorCode::BadRequest
-            }
-            FileError::TooManyEntries { .. } => GuestErrorCode::Os,
-            FileError::Wire(_) | FileError::UnexpectedFrame(_) => GuestErrorCode::BadRequest,
+            FileError::NotAFile { .. } => GuestErrorCode::Conflict,
+            FileError::Account(AccountError::Unknown(_)) => GuestErrorCode::NotFound,
+            FileError::Account(AccountError::Read { .. }) | FileError::Become { .. } => GuestErrorCode::Os,
+            FileError::BadPath { .. }
+            | FileError::BadMode(_)
+            | FileError::AppendAt
+            | FileError::Wire(_)
+            | FileError::UnexpectedFrame(_) => GuestErrorCode::BadRequest,
         };
         Self(error(code, chain(&cause)))
     }
@@ -41,7 +50,9 @@ impl From<ExecError> for Failed {
     fn from(cause: ExecError) -> Self {
         let code = match &cause {
             ExecError::BadSpec(_) | ExecError::Protocol(_) => GuestErrorCode::BadRequest,
-            ExecError::Account(AccountError::Unknown(_)) => GuestErrorCode::NotFound,
+            ExecError::Account(AccountError::Unknown(_)) | ExecError::NoProcess(_) => {
+                GuestErrorCode::NotFound
+            }
             ExecError::Account(AccountError::Read { .. }) | ExecError::Os { .. } => GuestErrorCode::Os,
             ExecError::Start {
                 step: Step::Directory,

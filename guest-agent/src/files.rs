@@ -1,22 +1,30 @@
-//! Files of the guest for the host: list, stat, read, write, make, move, remove.
+//! Files of the guest for the host: list, stat, read, write, make, change, move, remove.
 //!
 //! Paths are absolute and otherwise taken as they are: the agent is root and the machine belongs to
-//! whoever asks. Contents are streamed through one bounded buffer. Only regular files are read and
+//! whoever asks. An operation for another user gives its thread's rights away before it touches anything.
+//! Contents and lists are streamed through one bounded buffer. Only regular files are read and
 //! written, so that no FIFO or device can hold a thread; writing keeps an existing file's owner, mode
 //! and links, which is why it is done in place.
 
+mod list;
 mod remove;
+mod transfer;
 
+pub use list::{Wanted, list, stat};
+pub use transfer::{How, read, write};
+
+use crate::accounts::{Account, AccountError};
 use crate::errors::Failed;
-use crate::wire::{self, WireError};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixStream;
+use crate::sys::process::become_on_this_thread;
+use crate::wire::WireError;
+use nix::fcntl::AT_FDCWD;
+use nix::sys::stat::{UtimensatFlags, utimensat};
+use nix::sys::time::TimeSpec;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use torpor_api::guest::{FileEntry, FileType, FrameType, GuestResponse, HEADER_LEN, MAX_PAYLOAD};
-
-const BUFFER_BYTES: usize = 256 << 10;
+use torpor_api::guest::{FileAttributes, FrameType, GuestResponse};
 
 /// Why a file operation failed.
 #[derive(Debug, thiserror::Error)]
@@ -58,14 +66,21 @@ pub enum FileError {
     /// Not permission bits.
     #[error("{0:#o} are no permission bits")]
     BadMode(u32),
-    /// A list that no frame can hold.
-    #[error("{path:?} has {count} entries, more than one answer holds")]
-    TooManyEntries {
-        /// Directory.
-        path: PathBuf,
-        /// Entries seen.
-        count: usize,
+    /// No such user.
+    #[error(transparent)]
+    Account(#[from] AccountError),
+    /// The thread could not become the user.
+    #[error("cannot become user {user:?}")]
+    Become {
+        /// User.
+        user: String,
+        /// Why.
+        #[source]
+        source: io::Error,
     },
+    /// Contradicts itself.
+    #[error("append and offset exclude each other")]
+    AppendAt,
     /// The client's frames broke off.
     #[error(transparent)]
     Wire(#[from] WireError),
@@ -94,77 +109,19 @@ fn absolute(path: &str) -> Result<&Path, FileError> {
     }
 }
 
-/// Entries of a directory, by name.
-pub fn list(path: &str) -> Result<GuestResponse, Failed> {
-    let path = absolute(path)?;
-    let mut entries = Vec::new();
-    let mut len_bytes = 0;
-    for found in fs::read_dir(path).map_err(FileError::at("list", path))? {
-        let found = found.map_err(FileError::at("list", path))?.path();
-        match entry(&found) {
-            // Gone since the directory was read.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(FileError::at("stat", &found)(error).into()),
-            Ok(entry) => {
-                // What JSON adds is bounded below here; `wire` has the last word.
-                len_bytes += entry.path.len() + entry.name.len() + 64;
-                entries.push(entry);
-            }
-        }
-        if len_bytes > MAX_PAYLOAD {
-            return Err(FileError::TooManyEntries {
-                path: path.to_owned(),
-                count: entries.len(),
-            }
-            .into());
-        }
+/// Give this thread's rights away to a user, for good; the thread serves this one operation.
+pub fn act_as(user: Option<&str>) -> Result<(), Failed> {
+    let Some(user) = user else { return Ok(()) };
+    let account = Account::find(user).map_err(FileError::Account)?;
+    if account.credentials.uid == nix::unistd::Uid::effective() {
+        return Ok(());
     }
-    entries.sort_by(|a, b| a.name.cmp(&b.name));
-    Ok(GuestResponse::List { entries })
-}
-
-/// What is at a path; links are not followed.
-pub fn stat(path: &str) -> Result<GuestResponse, Failed> {
-    let path = absolute(path)?;
-    let entry = entry(path).map_err(FileError::at("stat", path))?;
-    Ok(GuestResponse::Stat { entry })
-}
-
-fn entry(path: &Path) -> io::Result<FileEntry> {
-    let metadata = fs::symlink_metadata(path)?;
-    let kind = metadata.file_type();
-    let (file_type, symlink_target) = if kind.is_symlink() {
-        (
-            FileType::Symlink,
-            fs::read_link(path)
-                .ok()
-                .map(|target| target.to_string_lossy().into_owned()),
-        )
-    } else if kind.is_dir() {
-        (FileType::Directory, None)
-    } else if kind.is_file() {
-        (FileType::File, None)
-    } else {
-        (FileType::Other, None)
-    };
-    let name = path
-        .file_name()
-        .unwrap_or(path.as_os_str())
-        .to_string_lossy()
-        .into_owned();
-    Ok(FileEntry {
-        name,
-        path: path.to_string_lossy().into_owned(),
-        file_type,
-        size: metadata.len(),
-        mode: metadata.mode() & 0o7777,
-        uid: metadata.uid(),
-        gid: metadata.gid(),
-        modified_unix_ms: metadata
-            .mtime()
-            .saturating_mul(1000)
-            .saturating_add(metadata.mtime_nsec() / 1_000_000),
-        symlink_target,
+    become_on_this_thread(&account.credentials).map_err(|source| {
+        FileError::Become {
+            user: user.to_owned(),
+            source,
+        }
+        .into()
     })
 }
 
@@ -199,106 +156,50 @@ pub fn remove(path: &str, recursive: bool) -> Result<GuestResponse, Failed> {
     Ok(GuestResponse::Done)
 }
 
-/// Send a file, or a part of it, as `Data` frames.
-pub fn read(
-    socket: &mut UnixStream,
-    path: &str,
-    offset: u64,
-    len: Option<u64>,
-) -> Result<GuestResponse, Failed> {
-    use io::Seek;
+/// Make a symbolic link.
+pub fn symlink(path: &str, target: &str) -> Result<GuestResponse, Failed> {
     let path = absolute(path)?;
-    let mut file = open_regular(OpenOptions::new().read(true), "open", path)?;
-    if offset > 0 {
-        file.seek(io::SeekFrom::Start(offset))
-            .map_err(FileError::at("seek in", path))?;
-    }
-    let mut file = file.take(len.unwrap_or(u64::MAX));
-    let mut buffer = vec![0; BUFFER_BYTES];
-    let mut bytes = 0u64;
-    loop {
-        let n = match file.read(&mut buffer) {
-            Ok(0) => return Ok(GuestResponse::Transferred { bytes }),
-            Ok(n) => n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(FileError::at("read", path)(error).into()),
-        };
-        let frame = wire::frame(FrameType::Data, buffer.get(..n).unwrap_or_default());
-        let frame = frame.map_err(|error| FileError::Wire(error.into()))?;
-        socket
-            .write_all(&frame)
-            .map_err(|error| FileError::Wire(WireError::Write(error)))?;
-        bytes += u64::try_from(frame.len() - HEADER_LEN).unwrap_or(0);
-    }
+    std::os::unix::fs::symlink(target, path).map_err(FileError::at("make link", path))?;
+    Ok(GuestResponse::Done)
 }
 
-/// Take a file's bytes from `Data` frames up to `DataEof`.
-pub fn write(
-    socket: &mut UnixStream,
-    path: &str,
-    mode: Option<u32>,
-    append: bool,
-) -> Result<GuestResponse, Failed> {
+/// Change attributes. Owner before mode, because a change of owner clears set-user-ID bits.
+pub fn set(path: &str, attributes: &FileAttributes) -> Result<GuestResponse, Failed> {
     let path = absolute(path)?;
-    if let Some(mode) = mode.filter(|mode| mode & !0o7777 != 0) {
-        return Err(FileError::BadMode(mode).into());
+    check_mode(attributes.mode)?;
+    if attributes.uid.is_some() || attributes.gid.is_some() {
+        std::os::unix::fs::chown(path, attributes.uid, attributes.gid)
+            .map_err(FileError::at("change the owner of", path))?;
     }
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(FileError::at("make directory", parent))?;
-    }
-    let mut options = OpenOptions::new();
-    options
-        .create(true)
-        .mode(mode.unwrap_or(0o644))
-        .append(append)
-        .write(true);
-    let mut file = open_regular(&mut options, "open", path)?;
-    if !append {
-        // Not O_TRUNC: what is no regular file must stay untouched.
-        file.set_len(0).map_err(FileError::at("truncate", path))?;
-    }
-    if let Some(mode) = mode {
-        file.set_permissions(fs::Permissions::from_mode(mode))
+    if let Some(mode) = attributes.mode {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
             .map_err(FileError::at("set the mode of", path))?;
     }
-    receive(socket, &mut file, path)
+    if let Some(size) = attributes.size {
+        let file = transfer::open_regular(OpenOptions::new().write(true), path)?;
+        file.set_len(size).map_err(FileError::at("truncate", path))?;
+    }
+    if attributes.accessed_unix_ms.is_some() || attributes.modified_unix_ms.is_some() {
+        let time = |ms: Option<i64>| {
+            ms.map_or(TimeSpec::UTIME_OMIT, |ms| {
+                TimeSpec::new(ms.div_euclid(1000), ms.rem_euclid(1000) * 1_000_000)
+            })
+        };
+        utimensat(
+            AT_FDCWD,
+            path,
+            &time(attributes.accessed_unix_ms),
+            &time(attributes.modified_unix_ms),
+            UtimensatFlags::FollowSymlink,
+        )
+        .map_err(|errno| FileError::at("set the times of", path)(errno.into()))?;
+    }
+    Ok(GuestResponse::Done)
 }
 
-fn receive(socket: &mut UnixStream, file: &mut File, path: &Path) -> Result<GuestResponse, Failed> {
-    let mut buffer = vec![0; BUFFER_BYTES];
-    let mut bytes = 0u64;
-    loop {
-        let (kind, mut left) = wire::read_header(socket).map_err(FileError::Wire)?;
-        match kind {
-            FrameType::Data => {}
-            FrameType::DataEof if left == 0 => return Ok(GuestResponse::Transferred { bytes }),
-            other => return Err(FileError::UnexpectedFrame(other).into()),
-        }
-        while left > 0 {
-            let part = buffer.get_mut(..left.min(BUFFER_BYTES)).unwrap_or_default();
-            socket
-                .read_exact(part)
-                .map_err(|error| FileError::Wire(WireError::Read(error)))?;
-            file.write_all(part).map_err(FileError::at("write", path))?;
-            left -= part.len();
-            bytes += u64::try_from(part.len()).unwrap_or(0);
-        }
+fn check_mode(mode: Option<u32>) -> Result<(), FileError> {
+    match mode.filter(|mode| mode & !0o7777 != 0) {
+        Some(mode) => Err(FileError::BadMode(mode)),
+        None => Ok(()),
     }
-}
-
-fn open_regular(options: &mut OpenOptions, operation: &'static str, path: &Path) -> Result<File, FileError> {
-    use nix::libc::{O_NOCTTY, O_NONBLOCK};
-    // Looked at before it is opened, because opening a device can already act on it. The race with
-    // whoever swaps it in between is one that the machine's owner plays against himself.
-    if let Ok(metadata) = fs::metadata(path)
-        && !metadata.is_file()
-    {
-        return Err(FileError::NotAFile {
-            path: path.to_owned(),
-        });
-    }
-    options
-        .custom_flags(O_NONBLOCK | O_NOCTTY)
-        .open(path)
-        .map_err(FileError::at(operation, path))
 }

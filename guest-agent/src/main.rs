@@ -15,6 +15,7 @@ mod errors;
 mod exec;
 mod files;
 mod front;
+mod hold;
 mod init;
 mod log;
 mod mounts;
@@ -117,7 +118,7 @@ fn start(config: &Config) -> io::Result<(supervise::Supervisor, Option<Front>)> 
     // Orphans of background processes come here even under another init, so none is left a zombie.
     let _ = nix::sys::prctl::set_child_subreaper(true);
     let open_files = raise_open_files()?;
-    let server = Arc::new(Server::new(&config.run_dir, open_files, Shutdown::new()?));
+    let server = Arc::new(Server::new(open_files, Shutdown::new()?));
     let front = match listener {
         Ok(listener) => Some(Front::new(listener, Arc::clone(&server))),
         // An init without a host to talk to is still an init; a service without one is nothing.

@@ -5,11 +5,11 @@
 
 use crate::errors::{Failed, os};
 use crate::exec::Execs;
+use crate::hold::Holds;
 use crate::shutdown::{Ending, Shutdown};
 use crate::{files, mounts, resync, threads, usage, wire};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -29,18 +29,22 @@ pub struct Server {
     pub execs: Execs,
     /// The end of the machine.
     pub shutdown: Shutdown,
+    holds: Holds,
     random: Option<File>,
-    workers: AtomicUsize,
+    processes: Arc<AtomicUsize>,
+    workers: Arc<AtomicUsize>,
 }
 
 impl Server {
     /// Make everything that a wake will need, so that it needs no path lookup then.
-    pub fn new(run_dir: &Path, open_files: (u64, u64), shutdown: Shutdown) -> Self {
+    pub fn new(open_files: (u64, u64), shutdown: Shutdown) -> Self {
         Self {
-            execs: Execs::new(run_dir, open_files),
+            execs: Execs::new(open_files),
+            holds: Holds::default(),
             shutdown,
             random: File::options().write(true).open("/dev/random").ok(),
-            workers: AtomicUsize::new(0),
+            processes: Arc::default(),
+            workers: Arc::default(),
         }
     }
 
@@ -73,8 +77,13 @@ impl Server {
                 "the machine is shutting down".to_owned(),
             );
         }
-        let Some(worker) = Worker::register(self) else {
-            let message = format!("{MAX_WORKERS} operations are running already");
+        let (count, what) = match &request {
+            // A process lives for as long as it likes, and must leave room for everything else.
+            GuestRequest::Exec(_) => (&self.processes, "processes"),
+            _ => (&self.workers, "operations"),
+        };
+        let Some(worker) = Worker::register(self, count) else {
+            let message = format!("{MAX_WORKERS} {what} are running already");
             return refuse(&mut socket, GuestErrorCode::Os, message);
         };
         // The peer learns of a thread that could not start by the connection closing.
@@ -99,14 +108,23 @@ impl Server {
             GuestRequest::Probe { port } => usage::probe(*port),
             GuestRequest::Metrics => usage::metrics(),
             GuestRequest::SignalGroup { pid, signal } => self.signal_group(*pid, *signal),
+            GuestRequest::Processes => Ok(GuestResponse::Processes {
+                processes: self.execs.processes(),
+            }),
+            GuestRequest::HoldState => Ok(self.holds.state()),
+            GuestRequest::Hold { seconds, reason } => Ok(self.holds.take(*seconds, reason)),
+            GuestRequest::Release => Ok(self.holds.release()),
             GuestRequest::Shutdown { .. } => Ok(GuestResponse::Done),
             GuestRequest::Exec(_)
+            | GuestRequest::Attach(_)
             | GuestRequest::Quiesce
             | GuestRequest::FileRead { .. }
             | GuestRequest::FileWrite { .. }
             | GuestRequest::FileList { .. }
             | GuestRequest::FileStat { .. }
+            | GuestRequest::FileSet { .. }
             | GuestRequest::MakeDir { .. }
+            | GuestRequest::Symlink { .. }
             | GuestRequest::FileMove { .. }
             | GuestRequest::FileRemove { .. } => return None,
         })
@@ -115,18 +133,24 @@ impl Server {
     fn signal_group(&self, pid: u32, signal: i32) -> Result<GuestResponse, Failed> {
         // No PID is over i32::MAX, and 0 and 1 are never a child's.
         let pid = i32::try_from(pid).unwrap_or(0);
-        self.execs.children.signal(pid, signal)?;
+        self.execs.signal(pid, signal)?;
         Ok(GuestResponse::Done)
     }
 }
 
 /// One of the operations that have a thread; counted from creation to drop.
-struct Worker(Arc<Server>);
+struct Worker {
+    server: Arc<Server>,
+    count: Arc<AtomicUsize>,
+}
 
 impl Worker {
-    fn register(server: &Arc<Server>) -> Option<Self> {
-        let worker = Self(Arc::clone(server));
-        (server.workers.fetch_add(1, Ordering::Relaxed) < MAX_WORKERS).then_some(worker)
+    fn register(server: &Arc<Server>, count: &Arc<AtomicUsize>) -> Option<Self> {
+        let worker = Self {
+            server: Arc::clone(server),
+            count: Arc::clone(count),
+        };
+        (count.fetch_add(1, Ordering::Relaxed) < MAX_WORKERS).then_some(worker)
     }
 
     fn run(&self, mut socket: UnixStream, request: GuestRequest) {
@@ -137,8 +161,10 @@ impl Worker {
             let error = os("cannot set the connection's time-outs", &error);
             return wire::finish(&mut socket, Err(error));
         }
-        if let GuestRequest::Exec(spec) = &request {
-            return self.0.execs.serve(socket, spec);
+        match request {
+            GuestRequest::Exec(spec) => return self.server.execs.serve(socket, &spec),
+            GuestRequest::Attach(spec) => return self.server.execs.attach(socket, spec),
+            _ => {}
         }
         let result = run_slow(&mut socket, request);
         wire::finish(&mut socket, result.map_err(|failed| failed.0));
@@ -147,27 +173,74 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.0.workers.fetch_sub(1, Ordering::Relaxed);
+        self.count.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 fn run_slow(socket: &mut UnixStream, request: GuestRequest) -> Result<GuestResponse, Failed> {
+    files::act_as(user_of(&request))?;
     match request {
         GuestRequest::Quiesce => mounts::quiesce(),
-        GuestRequest::FileRead { path, offset, len } => files::read(socket, &path, offset, len),
-        GuestRequest::FileWrite { path, mode, append } => files::write(socket, &path, mode, append),
-        GuestRequest::FileList { path } => files::list(&path),
-        GuestRequest::FileStat { path } => files::stat(&path),
-        GuestRequest::MakeDir { path } => files::make_dir(&path),
-        GuestRequest::FileMove { from, to } => files::rename(&from, &to),
-        GuestRequest::FileRemove { path, recursive } => files::remove(&path, recursive),
+        GuestRequest::FileRead {
+            path, offset, len, ..
+        } => files::read(socket, &path, offset, len),
+        GuestRequest::FileWrite {
+            path,
+            mode,
+            append,
+            offset,
+            exclusive,
+            ..
+        } => {
+            let how = files::How {
+                mode,
+                append,
+                offset,
+                exclusive,
+            };
+            files::write(socket, &path, how)
+        }
+        GuestRequest::FileList {
+            path,
+            depth,
+            skip,
+            limit,
+            ..
+        } => files::list(socket, &path, files::Wanted { depth, skip, limit }),
+        GuestRequest::FileStat { path, follow, .. } => files::stat(&path, follow),
+        GuestRequest::FileSet { path, attributes, .. } => files::set(&path, &attributes),
+        GuestRequest::MakeDir { path, .. } => files::make_dir(&path),
+        GuestRequest::Symlink { path, target, .. } => files::symlink(&path, &target),
+        GuestRequest::FileMove { from, to, .. } => files::rename(&from, &to),
+        GuestRequest::FileRemove { path, recursive, .. } => files::remove(&path, recursive),
         GuestRequest::Ping
         | GuestRequest::Resync { .. }
         | GuestRequest::Probe { .. }
         | GuestRequest::Exec(_)
+        | GuestRequest::Attach(_)
+        | GuestRequest::Processes
+        | GuestRequest::HoldState
+        | GuestRequest::Hold { .. }
+        | GuestRequest::Release
         | GuestRequest::SignalGroup { .. }
         | GuestRequest::Shutdown { .. }
         | GuestRequest::Metrics => Err(misrouted().into()),
+    }
+}
+
+/// As whom a file operation is done.
+fn user_of(request: &GuestRequest) -> Option<&str> {
+    match request {
+        GuestRequest::FileRead { user, .. }
+        | GuestRequest::FileWrite { user, .. }
+        | GuestRequest::FileList { user, .. }
+        | GuestRequest::FileStat { user, .. }
+        | GuestRequest::FileSet { user, .. }
+        | GuestRequest::MakeDir { user, .. }
+        | GuestRequest::Symlink { user, .. }
+        | GuestRequest::FileMove { user, .. }
+        | GuestRequest::FileRemove { user, .. } => user.as_deref(),
+        _ => None,
     }
 }
 

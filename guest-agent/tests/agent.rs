@@ -5,6 +5,8 @@
     reason = "tests; clippy.toml only sees #[test] functions"
 )]
 
+#[path = "agent/attach.rs"]
+mod attach;
 #[path = "agent/client.rs"]
 mod client;
 #[path = "agent/exec.rs"]

@@ -79,9 +79,6 @@ fn check_limits(spec: &ExecSpec) -> Result<(), ExecError> {
     if let Some(key) = spec.env.keys().find(|key| key.is_empty() || key.contains('=')) {
         return bad(format!("{key:?} is no name of an environment variable"));
     }
-    if spec.background && (spec.stdin || spec.tty.is_some()) {
-        return bad("a background process has neither standard input nor a terminal".to_owned());
-    }
     Ok(())
 }
 
@@ -176,11 +173,6 @@ mod tests {
             cwd: Some("tmp".to_owned()),
             ..spec(&["x"])
         };
-        let silent = ExecSpec {
-            background: true,
-            stdin: true,
-            ..spec(&["x"])
-        };
         let huge = "x".repeat(MAX_EXEC_BYTES);
         for bad in [
             spec(&[]),
@@ -189,7 +181,6 @@ mod tests {
             spec(&[&huge]),
             env,
             relative,
-            silent,
         ] {
             assert!(
                 matches!(prepare(&bad, (1, 1)), Err(ExecError::BadSpec(_))),

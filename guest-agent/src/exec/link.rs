@@ -29,15 +29,15 @@ pub struct Frame {
 
 /// A non-blocking socket with what was read but not handled, and what was produced but not sent.
 #[derive(Debug)]
-pub struct Link<'a> {
-    socket: &'a UnixStream,
+pub struct Link {
+    socket: UnixStream,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
 }
 
-impl<'a> Link<'a> {
+impl Link {
     /// Make the socket non-blocking.
-    pub fn new(socket: &'a UnixStream) -> io::Result<Self> {
+    pub fn new(socket: UnixStream) -> io::Result<Self> {
         socket.set_nonblocking(true)?;
         Ok(Self {
             socket,
@@ -111,9 +111,19 @@ impl<'a> Link<'a> {
         Filled::Open
     }
 
-    /// What was queued and not sent.
-    pub fn into_unsent(self) -> Vec<u8> {
-        self.outbox
+    /// Queue frames that are encoded already.
+    pub fn queue_bytes(&mut self, frames: &[u8]) {
+        self.outbox.extend_from_slice(frames);
+    }
+
+    /// How much is queued.
+    pub fn queued_bytes(&self) -> usize {
+        self.outbox.len()
+    }
+
+    /// Forget what was read and not handled.
+    pub fn discard_input(&mut self) {
+        self.inbox = Vec::new();
     }
 }
 

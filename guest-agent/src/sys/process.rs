@@ -1,6 +1,7 @@
 //! Signals to groups, reaping, and what the process asks of libc and kernel for itself.
 
 use super::checked;
+use super::spawn::Credentials;
 use nix::libc;
 use std::io;
 use std::os::unix::process::ExitStatusExt;
@@ -55,6 +56,25 @@ pub fn reap() -> Reap {
         }
         _ => Reap::NoChildren,
     }
+}
+
+/// Take on a user's rights on the calling thread alone, for good. libc's own functions would change every thread.
+pub fn become_on_this_thread(credentials: &Credentials) -> io::Result<()> {
+    let (uid, gid) = (credentials.uid.as_raw(), credentials.gid.as_raw());
+    let groups: Vec<libc::gid_t> = credentials.groups.iter().map(|gid| gid.as_raw()).collect();
+    let changed = |rc: libc::c_long| {
+        if rc == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    };
+    // SAFETY: setgroups reads as many IDs as it is told, and the vector has as many.
+    changed(unsafe { libc::syscall(libc::SYS_setgroups, groups.len(), groups.as_ptr()) })?;
+    // SAFETY: setresgid takes plain numbers and touches no memory.
+    changed(unsafe { libc::syscall(libc::SYS_setresgid, gid, gid, gid) })?;
+    // SAFETY: setresuid takes plain numbers and touches no memory.
+    changed(unsafe { libc::syscall(libc::SYS_setresuid, uid, uid, uid) })
 }
 
 /// One malloc arena for all threads: an arena per thread is pages that every wake would have to touch.

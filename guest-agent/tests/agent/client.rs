@@ -161,6 +161,14 @@ impl Ran {
         }
     }
 
+    /// The code, or nothing if the process still runs.
+    pub fn code_if_ended(&self) -> Option<i32> {
+        match &self.outcome {
+            Ok(GuestResponse::Exited { code, .. }) => *code,
+            other => panic!("no exit: {other:?}"),
+        }
+    }
+
     pub fn text(&self) -> String {
         String::from_utf8(self.stdout.clone()).unwrap()
     }
@@ -205,6 +213,20 @@ impl Connection {
         u32::from_le_bytes(payload.try_into().unwrap())
     }
 
+    /// Exactly so many bytes of output, or as many more as came with the last of them.
+    pub fn output(&mut self, len: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while bytes.len() < len {
+            match self.receive().expect("the connection ended") {
+                (FrameType::Stdout | FrameType::Stderr, more) => bytes.extend(more),
+                (FrameType::InputTaken, _) => {}
+                (other, payload) => panic!("{other:?} {}", String::from_utf8_lossy(&payload)),
+            }
+        }
+        bytes.truncate(len);
+        bytes
+    }
+
     /// Output up to the last frame.
     pub fn finish(mut self) -> Ran {
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
@@ -212,7 +234,7 @@ impl Connection {
             match self.receive().expect("the connection ended without an answer") {
                 (FrameType::Stdout | FrameType::Data, bytes) => stdout.extend(bytes),
                 (FrameType::Stderr, bytes) => stderr.extend(bytes),
-                (FrameType::Started, _) => {}
+                (FrameType::Started | FrameType::Attached | FrameType::InputTaken, _) => {}
                 (FrameType::Response, json) => {
                     let outcome = Ok(serde_json::from_slice(&json).unwrap());
                     return Ran {

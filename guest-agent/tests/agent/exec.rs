@@ -264,55 +264,6 @@ fn signals_of_the_client_reach_the_group_and_only_groups_of_execs_can_be_signall
 }
 
 #[test]
-fn a_background_process_answers_at_once_and_logs_to_files() {
-    let agent = Agent::start();
-    let spec = ExecSpec {
-        background: true,
-        ..shell("echo out; echo err >&2; exec sleep 1000")
-    };
-    let ran = agent.exec(&spec);
-    let Ok(GuestResponse::Exited {
-        pid,
-        code: None,
-        timed_out: false,
-    }) = ran.outcome
-    else {
-        panic!("{ran:?}");
-    };
-    let log = |kind| std::fs::read_to_string(agent.path(&format!("run/exec/{pid}.{kind}"))).unwrap();
-    eventually("the output is in the logs", || {
-        log("out") == "out\n" && log("err") == "err\n"
-    });
-    assert!(runs(pid));
-    agent.ask(&GuestRequest::SignalGroup { pid, signal: 9 }).unwrap();
-    eventually("the process ends", || !runs(pid));
-}
-
-#[test]
-fn a_background_process_has_a_time_out_only_if_it_was_given_one() {
-    let agent = Agent::start();
-    let spec = ExecSpec {
-        background: true,
-        timeout_ms: Some(200),
-        ..argv(&["sleep", "1000"])
-    };
-    let Ok(GuestResponse::Exited { pid, .. }) = agent.exec(&spec).outcome else {
-        panic!("not started")
-    };
-    eventually("the time-out ends it", || !runs(pid));
-    let failed = agent.exec(&ExecSpec {
-        background: true,
-        ..argv(&["no-such-program"])
-    });
-    assert_eq!(failed.outcome.unwrap_err().code, GuestErrorCode::ExecFailed);
-    let logs = std::fs::read_dir(agent.path("run/exec")).unwrap().flatten();
-    assert!(
-        logs.map(|log| log.file_name())
-            .all(|name| !name.to_string_lossy().starts_with('.'))
-    );
-}
-
-#[test]
 fn a_hundred_execs_at_once_keep_their_output_apart() {
     let agent = Agent::start();
     std::thread::scope(|scope| {

@@ -89,7 +89,7 @@ fn random_frames_in_an_exec_never_end_the_agent() {
         failure_persistence: None,
         ..Config::default()
     });
-    let frames = proptest::collection::vec((0u8..14, proptest::collection::vec(any::<u8>(), 0..9)), 0..6);
+    let frames = proptest::collection::vec((0u8..17, proptest::collection::vec(any::<u8>(), 0..9)), 0..6);
     let spec = ExecSpec {
         stdin: true,
         timeout_ms: Some(5000),

@@ -45,11 +45,14 @@ fn metrics_are_plausible() {
         mem_total_bytes,
         disk_used_bytes,
         disk_total_bytes,
+        cpus,
+        interval_us,
+        ..
     }) = Agent::start().ask(&GuestRequest::Metrics)
     else {
         panic!("no metrics");
     };
-    assert!(cpu_busy_us > 0);
+    assert!(cpu_busy_us > 0 && cpus > 0 && interval_us > 0);
     assert!(mem_used_bytes > 0 && mem_used_bytes < mem_total_bytes);
     assert!(disk_used_bytes > 0 && disk_used_bytes < disk_total_bytes);
 }
