@@ -27,7 +27,6 @@ use torpor_agent::machine::leases;
 use torpor_agent::machine::simulated::{SimulatedHost, SimulatedHypervisor};
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
-use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{ExitReason, PersistStats};
 use torpor_api::{ExecutionId, MachineId, SnapshotId};
 use torpor_proxy::{Proxy, ProxyConfig};
@@ -206,8 +205,8 @@ impl Execution for WithGuest {
             .await
             .map_err(|_| ConnectError::Refused { port })
     }
-    async fn exec(&self, request: ExecRequest) -> Result<ExecResult, HypervisorError> {
-        torpor_agent::execution::command::run(&self.client, request).await
+    fn guest(&self) -> GuestClient {
+        self.client.clone()
     }
     fn first_byte(&self) {}
     async fn status(&self) -> Result<VmmStatus, HypervisorError> {

@@ -15,7 +15,6 @@
 mod adopt;
 mod blank;
 mod claim;
-pub mod command;
 mod live;
 mod parking;
 pub mod process;

@@ -6,20 +6,22 @@
 //! collected output by [`torpor_api::limits::MAX_EXEC_OUTPUT`], and every operation that has an end by
 //! nature has a deadline. No task of its own; an operation ends when its future is dropped.
 //!
-//! [`channel`] owns connection and frames, [`exec`] processes, [`files`] file contents.
+//! [`channel`] owns connection and frames, [`exec`] processes, [`files`] files, [`usage`] figures and holds.
 
 pub mod channel;
 pub mod exec;
 pub mod files;
+pub mod usage;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use tokio::time::Instant;
-use torpor_api::guest::{FileEntry, FrameType, GuestError, GuestRequest, GuestResponse};
+use torpor_api::guest::{FrameType, GuestError, GuestRequest, GuestResponse};
 
-use channel::Channel;
+use channel::{Channel, Dial, Vsock};
 
 /// Longest wait for an answer that needs no work in the guest.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
@@ -83,21 +85,6 @@ pub enum GuestClientError {
     },
 }
 
-/// What the guest uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct GuestMetrics {
-    /// Busy share of all CPUs since boot, in microseconds of CPU time.
-    pub cpu_busy_us: u64,
-    /// Memory in use, in bytes.
-    pub mem_used_bytes: u64,
-    /// Memory in all, in bytes.
-    pub mem_total_bytes: u64,
-    /// Root file system in use, in bytes.
-    pub disk_used_bytes: u64,
-    /// Root file system in all, in bytes.
-    pub disk_total_bytes: u64,
-}
-
 /// What a resync did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resynced {
@@ -108,18 +95,36 @@ pub struct Resynced {
 }
 
 /// Where the agent of one guest is reached.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct GuestClient {
-    socket: PathBuf,
+    way: Arc<dyn Dial>,
 }
 
 impl GuestClient {
     /// The agent behind this vsock socket.
     #[must_use]
     pub fn new(socket: &Path) -> Self {
-        Self {
-            socket: socket.to_owned(),
-        }
+        Self::over(Arc::new(Vsock(socket.to_owned())))
+    }
+
+    /// The agent at the end of this way.
+    #[must_use]
+    pub fn over(way: Arc<dyn Dial>) -> Self {
+        Self { way }
+    }
+
+    /// A connection that begins with this request.
+    async fn open(
+        &self,
+        operation: &'static str,
+        request: &GuestRequest,
+    ) -> Result<Channel, GuestClientError> {
+        bounded(operation, ANSWER_DEADLINE, async {
+            let mut channel = Channel::over(self.way.dial().await?);
+            channel.send_request(request).await?;
+            Ok(channel)
+        })
+        .await
     }
 
     /// Wait until a booting guest's agent answers; gives up at `deadline`.
@@ -168,7 +173,7 @@ impl GuestClient {
         let entropy: [u8; ENTROPY_LEN] = rand::random();
         let entropy = base64::engine::general_purpose::STANDARD.encode(entropy);
         let exchange = async {
-            let mut channel = Channel::open(&self.socket).await?;
+            let mut channel = Channel::over(self.way.dial().await?);
             let wall_unix_ns = wall_unix_ns();
             channel
                 .send_request(&GuestRequest::Resync {
@@ -217,29 +222,6 @@ impl GuestClient {
         self.done("shutdown", &GuestRequest::Shutdown { reboot }).await
     }
 
-    /// Usage figures.
-    ///
-    /// # Errors
-    /// See [`GuestClientError`].
-    pub async fn metrics(&self) -> Result<GuestMetrics, GuestClientError> {
-        match self.call("metrics", &GuestRequest::Metrics).await? {
-            GuestResponse::Metrics {
-                cpu_busy_us,
-                mem_used_bytes,
-                mem_total_bytes,
-                disk_used_bytes,
-                disk_total_bytes,
-            } => Ok(GuestMetrics {
-                cpu_busy_us,
-                mem_used_bytes,
-                mem_total_bytes,
-                disk_used_bytes,
-                disk_total_bytes,
-            }),
-            other => Err(unexpected("metrics", &other)),
-        }
-    }
-
     /// Signal the group of a process that an exec started.
     ///
     /// # Errors
@@ -249,54 +231,11 @@ impl GuestClient {
             .await
     }
 
-    /// What is at `path`.
-    ///
-    /// # Errors
-    /// See [`GuestClientError`].
-    pub async fn stat(&self, path: String) -> Result<FileEntry, GuestClientError> {
-        match self.call("stat", &GuestRequest::FileStat { path }).await? {
-            GuestResponse::Stat { entry } => Ok(entry),
-            other => Err(unexpected("stat", &other)),
-        }
-    }
-
-    /// Entries of the directory at `path`.
-    ///
-    /// # Errors
-    /// See [`GuestClientError`].
-    pub async fn list(&self, path: String) -> Result<Vec<FileEntry>, GuestClientError> {
-        match self.call("list", &GuestRequest::FileList { path }).await? {
-            GuestResponse::List { entries } => Ok(entries),
-            other => Err(unexpected("list", &other)),
-        }
-    }
-
-    /// Make a directory and its parents.
-    ///
-    /// # Errors
-    /// See [`GuestClientError`].
-    pub async fn make_dir(&self, path: String) -> Result<(), GuestClientError> {
-        self.done("mkdir", &GuestRequest::MakeDir { path }).await
-    }
-
-    /// Rename a file or directory.
-    ///
-    /// # Errors
-    /// See [`GuestClientError`].
-    pub async fn rename(&self, from: String, to: String) -> Result<(), GuestClientError> {
-        self.done("move", &GuestRequest::FileMove { from, to }).await
-    }
-
-    /// Remove a file or, if `recursive`, a directory.
-    ///
-    /// # Errors
-    /// See [`GuestClientError`].
-    pub async fn remove(&self, path: String, recursive: bool) -> Result<(), GuestClientError> {
-        self.done("remove", &GuestRequest::FileRemove { path, recursive })
-            .await
-    }
-
-    async fn done(&self, operation: &'static str, request: &GuestRequest) -> Result<(), GuestClientError> {
+    pub(crate) async fn done(
+        &self,
+        operation: &'static str,
+        request: &GuestRequest,
+    ) -> Result<(), GuestClientError> {
         match self.call(operation, request).await? {
             GuestResponse::Done => Ok(()),
             other => Err(unexpected(operation, &other)),
@@ -310,7 +249,7 @@ impl GuestClient {
         request: &GuestRequest,
     ) -> Result<GuestResponse, GuestClientError> {
         bounded(operation, ANSWER_DEADLINE, async {
-            let mut channel = Channel::open(&self.socket).await?;
+            let mut channel = Channel::over(self.way.dial().await?);
             channel.send_request(request).await?;
             channel.response().await
         })
@@ -338,7 +277,7 @@ fn wall_unix_ns() -> u64 {
     since_epoch.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
-fn unexpected(operation: &'static str, response: &GuestResponse) -> GuestClientError {
+pub(crate) fn unexpected(operation: &'static str, response: &GuestResponse) -> GuestClientError {
     let what: String = format!("{operation} answered with {response:?}")
         .chars()
         .take(160)

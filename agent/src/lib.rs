@@ -6,6 +6,7 @@
 //! * [`edge`] – who is let in: keys, tokens, revocations, counters of signed URLs.
 //! * [`api`] – HTTP to machine, error to response.
 //! * [`ssh`] – keys, certificates, and the SSH gateway's way to machines.
+//! * [`inside`] – what is done inside a running guest: processes, terminals, files, figures.
 //! * [`execution`], [`vmm_client`], [`guest_client`], [`net`], [`images`] – the platform: VMM processes, guest
 //!   agents, network slots, files.
 
@@ -15,6 +16,7 @@ pub mod edge;
 pub mod execution;
 pub mod guest_client;
 pub mod images;
+pub mod inside;
 pub mod machine;
 pub mod net;
 pub mod ssh;

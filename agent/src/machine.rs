@@ -6,9 +6,10 @@
 //! * [`gate`] – the way into a running machine; [`lines`] – connections that outlast pauses;
 //!   [`routes`] – which port leads to which machine.
 //! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
-//! * [`clock`] – time, injected; [`error`] – the one error of operations.
+//! * [`clock`] – time, injected; [`dawn`] – who waits for a machine to run; [`error`] – the one error of operations.
 
 pub mod clock;
+pub mod dawn;
 pub mod driver;
 pub mod error;
 pub mod fleet;

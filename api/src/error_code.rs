@@ -94,6 +94,18 @@ error_codes! {
     ExecFailed = "exec_failed", 502, false, "Check the command, its directory and its user.";
     /// The command ran longer than its timeout and was killed with its group.
     ExecTimeout = "exec_timeout", 504, false, "Give the command a longer timeout, or run it in the background.";
+    /// The machine knows no process with this PID.
+    ProcessNotFound = "process_not_found", 404, false, "List the processes with GET /v1/machines/{id}/processes.";
+    /// There is nothing at this path in the guest.
+    FileNotFound = "file_not_found", 404, false, "Check the path, for example with POST /v1/machines/{id}/files/list.";
+    /// The user may not do this to the file.
+    FilePermissionDenied = "file_permission_denied", 403, false, "Use another user, or change the file's mode first.";
+    /// Something is there already, is of another kind, or is not empty.
+    FileConflict = "file_conflict", 409, false, "Look at what is there with POST /v1/machines/{id}/files/stat.";
+    /// The guest's kernel refused an operation on a file.
+    FileFailed = "file_failed", 422, false, "See the message for what the guest's kernel said.";
+    /// The guest's own disk is full.
+    GuestDiskFull = "guest_disk_full", 507, false, "Remove files inside the machine.";
     /// The guest agent does not answer.
     GuestUnreachable = "guest_unreachable", 502, true, "Look at the machine's console with GET /v1/machines/{id}/logs.";
     /// No registered key has this ID.

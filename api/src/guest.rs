@@ -18,7 +18,7 @@ mod file;
 mod process;
 
 pub use file::{FileAttributes, FileEntry, FileType};
-pub use process::{AttachSpec, Attached, ExecSpec, HoldState, ProcessEntry, WindowSize};
+pub use process::{AttachSpec, Attached, ExecSpec, HoldState, ProcessEntry, ProcessOrder, WindowSize};
 
 use serde::{Deserialize, Serialize};
 
@@ -59,7 +59,8 @@ pub enum FrameType {
     DataEof = 12,
     /// JSON of an [`Attached`].
     Attached = 13,
-    /// How many bytes of standard input the process's session has taken so far, as a little-endian `u64`.
+    /// How many bytes of standard input the process's session has taken so far, as a little-endian `u64`, and a
+    /// byte that is 1 if it has taken the end, too.
     InputTaken = 14,
     /// JSON array of [`FileEntry`].
     Entries = 15,
@@ -154,6 +155,13 @@ pub enum GuestRequest {
     Metrics,
     /// Join the streams of a process that an exec started, or read what is kept of its output.
     Attach(AttachSpec),
+    /// Tell a process that an exec started something, without joining it.
+    Tell {
+        /// PID.
+        pid: u32,
+        /// What.
+        what: ProcessOrder,
+    },
     /// The processes that execs started: those that run, and the last ones that ended.
     Processes,
     /// Who keeps the machine awake from inside.

@@ -117,6 +117,7 @@ impl Server {
             GuestRequest::Shutdown { .. } => Ok(GuestResponse::Done),
             GuestRequest::Exec(_)
             | GuestRequest::Attach(_)
+            | GuestRequest::Tell { .. }
             | GuestRequest::Quiesce
             | GuestRequest::FileRead { .. }
             | GuestRequest::FileWrite { .. }
@@ -164,6 +165,7 @@ impl Worker {
         match request {
             GuestRequest::Exec(spec) => return self.server.execs.serve(socket, &spec),
             GuestRequest::Attach(spec) => return self.server.execs.attach(socket, spec),
+            GuestRequest::Tell { pid, what } => return self.server.execs.tell(socket, pid, what),
             _ => {}
         }
         let result = run_slow(&mut socket, request);
@@ -218,6 +220,7 @@ fn run_slow(socket: &mut UnixStream, request: GuestRequest) -> Result<GuestRespo
         | GuestRequest::Probe { .. }
         | GuestRequest::Exec(_)
         | GuestRequest::Attach(_)
+        | GuestRequest::Tell { .. }
         | GuestRequest::Processes
         | GuestRequest::HoldState
         | GuestRequest::Hold { .. }

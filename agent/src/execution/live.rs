@@ -12,7 +12,6 @@ use async_trait::async_trait;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Event, ExitReason, PersistStats, VmmError, VmmErrorCode, VmmState};
 use torpor_api::{ErrorCode, ExecutionId};
 
@@ -20,7 +19,7 @@ use super::claim::Claim;
 use super::parking::Parking;
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
-use super::{blocking, command, images_error};
+use super::{blocking, images_error};
 use crate::guest_client::GuestClient;
 use crate::images::manifest::{FORMAT, Manifest};
 use crate::images::{MachineFiles, header};
@@ -386,8 +385,8 @@ impl Execution for VmmExecution {
         }
     }
 
-    async fn exec(&self, request: ExecRequest) -> Result<ExecResult, HypervisorError> {
-        command::run(&self.guest, request).await
+    fn guest(&self) -> GuestClient {
+        self.guest.clone()
     }
 
     fn first_byte(&self) {

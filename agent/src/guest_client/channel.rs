@@ -3,8 +3,9 @@
 //! Owns the socket. A frame's payload is allocated only after its length was checked against the protocol's
 //! limit. Reading is not cancel-safe inside a frame: a dropped read leaves a channel that must be dropped too.
 
-use std::path::Path;
+use std::path::PathBuf;
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
@@ -43,25 +44,14 @@ pub struct FrameReceiver(BufReader<OwnedReadHalf>);
 pub struct FrameSender(OwnedWriteHalf);
 
 impl Channel {
-    /// Connect to the agent behind a machine's vsock socket. Waits for as long as the VMM waits for the guest.
-    ///
-    /// # Errors
-    /// The socket, the VMM or the guest refuses.
-    pub async fn open(socket: &Path) -> Result<Self, GuestClientError> {
-        let mut stream = UnixStream::connect(socket)
-            .await
-            .map_err(|source| GuestClientError::Connect {
-                path: socket.to_owned(),
-                source,
-            })?;
-        let line = format!("CONNECT {AGENT_PORT}\n");
-        stream.write_all(line.as_bytes()).await.map_err(io("write to"))?;
-        expect_ok(&mut stream).await?;
+    /// A connection that leads to the agent.
+    #[must_use]
+    pub fn over(stream: UnixStream) -> Self {
         let (read, write) = stream.into_split();
-        Ok(Self {
+        Self {
             receiver: FrameReceiver(BufReader::with_capacity(64 << 10, read)),
             sender: FrameSender(write),
-        })
+        }
     }
 
     /// Open with the operation's request.
@@ -151,6 +141,34 @@ pub fn last_frame(frame: &Frame) -> Result<GuestResponse, GuestClientError> {
             Err(GuestClientError::Refused { source })
         }
         other => Err(misplaced(other)),
+    }
+}
+
+/// A way to the agent inside a guest.
+#[async_trait]
+pub trait Dial: Send + Sync + 'static {
+    /// A new connection to it.
+    async fn dial(&self) -> Result<UnixStream, GuestClientError>;
+}
+
+/// The way through a VMM's vsock socket.
+#[derive(Debug)]
+pub(super) struct Vsock(pub(super) PathBuf);
+
+#[async_trait]
+impl Dial for Vsock {
+    /// Waits for as long as the VMM waits for the guest.
+    async fn dial(&self) -> Result<UnixStream, GuestClientError> {
+        let mut stream = UnixStream::connect(&self.0)
+            .await
+            .map_err(|source| GuestClientError::Connect {
+                path: self.0.clone(),
+                source,
+            })?;
+        let line = format!("CONNECT {AGENT_PORT}\n");
+        stream.write_all(line.as_bytes()).await.map_err(io("write to"))?;
+        expect_ok(&mut stream).await?;
+        Ok(stream)
     }
 }
 

@@ -398,6 +398,7 @@ impl Driver {
     fn let_in(&mut self) {
         let Some(epoch) = &self.epoch else { return };
         self.gate.open(epoch);
+        self.shared.dawn.tell(&self.id);
         self.waiters
             .let_in(&self.gate, self.shared.clock.now_unix_ms(), self.report.as_ref());
     }

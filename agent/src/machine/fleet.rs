@@ -10,6 +10,7 @@ mod grants;
 mod policy;
 mod snapshots;
 mod turns;
+mod presence;
 mod view;
 mod warm;
 
@@ -17,9 +18,11 @@ pub use create::CreateOrder;
 pub use fork::{ForkOrder, TemplateSnapshotOrder};
 pub use policy::{PolicyRule, check_lease_and_wake};
 pub use snapshots::SnapshotOrder;
+pub use presence::Presence;
 pub use view::{MachineQuery, status_counts};
 
 use super::clock::Clock;
+use super::dawn::Dawn;
 use super::driver::{self, Command, Entry, Live, Need, PauseOrder, WakeOrder, Woken};
 use super::error::MachineError;
 use super::gate::{Gate, Pass};
@@ -122,6 +125,7 @@ pub struct Shared {
     pub(super) leases_changed: Notify,
     pub(super) retention_changed: Notify,
     turns: turns::Turns,
+    pub(super) dawn: Dawn,
     pub(super) tasks: TaskTracker,
     pub(super) halted: CancellationToken,
     pub(super) settings: Settings,
@@ -164,6 +168,7 @@ impl Fleet {
                 leases_changed: Notify::new(),
                 retention_changed: Notify::new(),
                 turns: turns::Turns::default(),
+                dawn: Dawn::default(),
                 tasks: TaskTracker::new(),
                 halted: CancellationToken::new(),
                 settings,
@@ -333,18 +338,7 @@ impl Fleet {
     /// The wake's and the guest's.
     pub async fn exec(&self, id: &MachineId, request: ExecRequest) -> Result<ExecResult, MachineError> {
         let request = self.with_defaults(id, request).await?;
-        let woken = self
-            .wake(id, WakeSource::Api, serde_json::json!({ "operation": "exec" }))
-            .await?;
-        let epoch = Arc::clone(woken.pass.epoch());
-        let _at_work = self.shared.registry.find(id).map(|handle| handle.gate.at_work());
-        tokio::select! {
-            result = epoch.execution.exec(request) => result.map_err(MachineError::from),
-            () = epoch.over.cancelled() => {
-                let message = format!("machine {id} went to sleep or stopped while the command ran");
-                Err(MachineError::new(ErrorCode::GuestUnreachable, message))
-            }
-        }
+        self.inside(id.clone(), WakeSource::Api).exec(request).await
     }
 
     /// Write down how long the request that woke the machine waited for its answer.

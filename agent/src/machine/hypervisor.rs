@@ -13,6 +13,7 @@
 //!
 //! Not its job: leases, waking, rows. It knows no store.
 
+use crate::guest_client::GuestClient;
 use async_trait::async_trait;
 use std::fmt;
 use std::path::PathBuf;
@@ -20,7 +21,6 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, RestoreTrace, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
@@ -304,9 +304,8 @@ pub trait Execution: Send + Sync + 'static {
     /// A TCP connection to the guest, made inside its slot.
     async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError>;
 
-    /// Run a command in the guest to its end, or start it for a background one. The request was validated.
-    /// Errors: `exec_failed`, `exec_timeout`, `guest_unreachable`.
-    async fn exec(&self, request: ExecRequest) -> Result<ExecResult, HypervisorError>;
+    /// The way to the agent inside the guest.
+    fn guest(&self) -> GuestClient;
 
     /// The first response byte left: the working set is complete. Fire and forget.
     fn first_byte(&self);

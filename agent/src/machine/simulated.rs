@@ -7,6 +7,7 @@
 mod execution;
 mod faults;
 mod snapshots;
+mod guest;
 
 pub use execution::SimulatedExecution;
 pub use faults::{Fault, Faults, Hold, Point};
@@ -17,6 +18,7 @@ use super::hypervisor::{
 use async_trait::async_trait;
 use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio_util::sync::CancellationToken;
 use torpor_api::vmm::{RestoreTrace, VmmState};
@@ -54,6 +56,7 @@ struct Inner {
     live: HashMap<ExecutionId, Arc<SimulatedExecution>>,
     ports: HashMap<u16, SocketAddr>,
     parked: HashMap<MachineId, CancellationToken>,
+    agent: Option<PathBuf>,
     n_boots: u64,
     n_restores: u64,
     n_forks: u64,
@@ -83,6 +86,12 @@ impl SimulatedHost {
     /// Guests answer connections to `port` with whatever listens at `address`.
     pub fn serve(&self, port: u16, address: SocketAddr) {
         self.lock().ports.insert(port, address);
+    }
+
+    /// Guests have the real agent that listens at this path, and keep it over pauses; connections end with their
+    /// execution.
+    pub fn run_agent(&self, socket: &Path) {
+        self.lock().agent = Some(socket.to_owned());
     }
 
     /// Number of boots that were asked for.

@@ -20,12 +20,13 @@ use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use torpor_agent::execution::record::Record;
 use torpor_agent::execution::{BlankConfig, Platform};
-use torpor_agent::guest_client::GuestClient;
+use torpor_agent::guest_client::channel::last_frame;
+use torpor_agent::guest_client::{GuestClient, GuestClientError};
 use torpor_agent::machine::hypervisor::{
     Execution, Hypervisor as _, HypervisorError, ImageState, MachineSpec, PlatformConfig,
 };
 use torpor_agent::net::NetConfig;
-use torpor_api::http::ExecRequest;
+use torpor_api::guest::{ExecSpec, FrameType, GuestResponse};
 use torpor_api::vmm::{ExitReason, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
@@ -171,6 +172,35 @@ async fn sleep_as(execution: &dyn Execution, generation: u64) {
     execution.quit().await;
 }
 
+fn argv(words: &[&str]) -> ExecSpec {
+    ExecSpec {
+        argv: words.iter().map(|word| (*word).to_owned()).collect(),
+        timeout_ms: Some(60_000),
+        ..ExecSpec::default()
+    }
+}
+
+/// Run a command to its end: exit code, standard output and standard error.
+async fn run_to_end(
+    guest: &GuestClient,
+    spec: ExecSpec,
+) -> Result<(Option<i32>, Vec<u8>, Vec<u8>), GuestClientError> {
+    let mut channel = guest.exec(spec).await?;
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    loop {
+        let frame = channel.receiver.next().await?;
+        match frame.kind {
+            FrameType::Started => {}
+            FrameType::Stdout => stdout.extend_from_slice(&frame.payload),
+            FrameType::Stderr => stderr.extend_from_slice(&frame.payload),
+            _ => match last_frame(&frame)? {
+                GuestResponse::Exited { code, .. } => return Ok((code, stdout, stderr)),
+                other => panic!("{other:?}"),
+            },
+        }
+    }
+}
+
 #[test]
 fn a_machine_boots_runs_commands_sleeps_and_wakes_as_a_new_execution() {
     on_a_host(async |host| {
@@ -178,22 +208,15 @@ fn a_machine_boots_runs_commands_sleeps_and_wakes_as_a_new_execution() {
         let machine = host.machine(&platform).await;
         assert_eq!(platform.inspect_image(&machine.id).await, ImageState::None);
         let execution = boot(&platform, &machine).await.unwrap();
-        let result = execution
-            .exec(ExecRequest {
-                shell: Some("echo hi".to_owned()),
-                ..ExecRequest::default()
-            })
+        let ran = run_to_end(&execution.guest(), argv(&["echo", "hi"]))
             .await
             .unwrap();
-        assert_eq!(
-            (result.stdout.as_str(), result.exit_code),
-            ("/bin/sh -c echo hi", Some(3))
+        assert_eq!(ran, (Some(3), b"echo hi".to_vec(), Vec::new()));
+        let missing = run_to_end(&execution.guest(), argv(&["no such program"])).await;
+        assert!(
+            matches!(missing, Err(GuestClientError::Refused { .. })),
+            "{missing:?}"
         );
-        let missing = ExecRequest {
-            argv: vec!["no such program".to_owned()],
-            ..ExecRequest::default()
-        };
-        assert_eq!(code(execution.exec(missing).await), ErrorCode::ExecFailed);
         sleep_as(&*execution, 1).await;
         assert_eq!(
             platform.inspect_image(&machine.id).await,
@@ -533,11 +556,10 @@ fn a_restarted_torpord_takes_running_machines_over_and_ends_blank_vmms() {
             (&machine.id, VmmState::Running)
         );
         assert_eq!(host.record(name.as_str()), before);
-        let echo = ExecRequest {
-            argv: vec!["x".to_owned()],
-            ..ExecRequest::default()
-        };
-        assert_eq!(adopted.execution.exec(echo).await.unwrap().stdout, "x");
+        let ran = run_to_end(&adopted.execution.guest(), argv(&["x"]))
+            .await
+            .unwrap();
+        assert_eq!(ran.1, b"x");
         sleep_as(&*adopted.execution, 1).await;
         assert_eq!(
             platform.inspect_image(&machine.id).await,

@@ -17,13 +17,13 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use tokio::io::AsyncReadExt as _;
-use torpor_agent::guest_client::exec::ExecEvent;
+use torpor_agent::guest_client::channel::last_frame;
+use torpor_agent::guest_client::files::WriteOptions;
 use torpor_agent::guest_client::{GuestClient, GuestClientError};
 use torpor_api::guest::{
     ExecSpec, FileType, FrameType, GuestErrorCode, GuestRequest, GuestResponse, HEADER_LEN, MAX_PAYLOAD,
     encode_header,
 };
-use torpor_api::limits::MAX_EXEC_OUTPUT;
 
 /// The agent's program, built if it is not there.
 fn agent_program() -> &'static Path {
@@ -128,109 +128,43 @@ fn shell(line: &str) -> ExecSpec {
     }
 }
 
+/// Run a command to its end: exit code, standard output and standard error.
+async fn run_to_end(
+    guest: &GuestClient,
+    spec: ExecSpec,
+) -> Result<(Option<i32>, Vec<u8>, Vec<u8>), GuestClientError> {
+    let mut channel = guest.exec(spec).await?;
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    loop {
+        let frame = channel.receiver.next().await?;
+        match frame.kind {
+            FrameType::Started => {}
+            FrameType::Stdout => stdout.extend_from_slice(&frame.payload),
+            FrameType::Stderr => stderr.extend_from_slice(&frame.payload),
+            _ => match last_frame(&frame)? {
+                GuestResponse::Exited { code, .. } => return Ok((code, stdout, stderr)),
+                other => panic!("{other:?}"),
+            },
+        }
+    }
+}
+
 #[tokio::test]
-async fn a_command_runs_to_its_end_with_its_input_output_and_code() {
+async fn a_command_runs_to_its_end_and_one_that_does_not_start_says_why() {
     let guest = Guest::ready().await;
-    let output = guest
-        .client
-        .exec(shell("cat; echo err >&2; exit 3"), Some("in".into()))
+    let ran = run_to_end(&guest.client, shell("echo out; echo err >&2; exit 3"))
         .await
         .unwrap();
-    assert_eq!(
-        (&output.stdout[..], &output.stderr[..]),
-        (&b"in"[..], &b"err\n"[..])
-    );
-    assert_eq!(
-        (output.code, output.timed_out, output.truncated),
-        (Some(3), false, false)
-    );
-    let killed = guest
-        .client
-        .exec(
-            ExecSpec {
-                timeout_ms: Some(50),
-                ..shell("sleep 60")
-            },
-            None,
-        )
-        .await
-        .unwrap();
-    assert!(killed.timed_out);
-    let missing = guest
-        .client
-        .exec(
-            ExecSpec {
-                argv: vec!["/no/such".to_owned()],
-                ..shell("")
-            },
-            None,
-        )
-        .await;
+    assert_eq!(ran, (Some(3), b"out\n".to_vec(), b"err\n".to_vec()));
+    let missing = ExecSpec {
+        argv: vec!["/no/such".to_owned()],
+        ..shell("")
+    };
+    let missing = run_to_end(&guest.client, missing).await;
     assert!(
-        matches!(&missing, Err(GuestClientError::Refused { source })
-            if matches!(source.code, GuestErrorCode::ExecFailed | GuestErrorCode::NotFound)),
+        matches!(&missing, Err(GuestClientError::Refused { source }) if source.code == GuestErrorCode::ExecFailed),
         "{missing:?}"
     );
-}
-
-#[tokio::test]
-async fn output_past_the_limit_is_dropped_and_input_that_nobody_reads_blocks_nobody() {
-    let guest = Guest::ready().await;
-    let much = MAX_EXEC_OUTPUT + (3 << 20);
-    let output = guest
-        .client
-        .exec(shell(&format!("head -c {much} /dev/zero")), None)
-        .await
-        .unwrap();
-    assert_eq!(
-        (output.stdout.len(), output.truncated, output.code),
-        (MAX_EXEC_OUTPUT, true, Some(0))
-    );
-    let deaf = guest
-        .client
-        .exec(shell("exec 0<&-; echo bye"), Some(vec![7; 4 << 20].into()))
-        .await
-        .unwrap();
-    assert_eq!(deaf.stdout, b"bye\n");
-}
-
-#[tokio::test]
-async fn a_background_command_answers_at_once_and_can_be_signalled() {
-    let guest = Guest::ready().await;
-    let spec = ExecSpec {
-        background: true,
-        timeout_ms: None,
-        ..shell("sleep 600")
-    };
-    let output = guest.client.exec(spec, None).await.unwrap();
-    assert_eq!(output.code, None);
-    assert!(Path::new(&format!("/proc/{}", output.pid)).exists());
-    guest.client.signal_group(output.pid, 9).await.unwrap();
-    // The agent reaps it; a signal to a group that is gone is refused.
-    while guest.client.signal_group(output.pid, 0).await.is_ok() {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
-}
-
-#[tokio::test]
-async fn a_session_carries_input_and_output_as_they_come() {
-    let guest = Guest::ready().await;
-    let spec = ExecSpec {
-        stdin: true,
-        ..shell("while read line; do echo got $line; done")
-    };
-    let (mut input, mut events) = guest.client.exec_session(spec).await.unwrap();
-    assert!(matches!(events.next().await.unwrap(), ExecEvent::Started { .. }));
-    for word in ["one", "two"] {
-        input.write(format!("{word}\n").as_bytes()).await.unwrap();
-        let expected = format!("got {word}\n");
-        assert_eq!(events.next().await.unwrap(), ExecEvent::Stdout(expected.into()));
-    }
-    input.close().await.unwrap();
-    assert!(matches!(
-        events.next().await.unwrap(),
-        ExecEvent::Exited { code: Some(0), .. }
-    ));
 }
 
 #[tokio::test]
@@ -242,7 +176,13 @@ async fn files_go_in_and_out_whole_and_directories_can_be_worked_with() {
     let (file, dir) = (guest.path("a/b/file"), guest.path("a/b"));
     let mut write = guest
         .client
-        .write_file(file.clone(), Some(0o600), false)
+        .write_file(
+            file.clone(),
+            WriteOptions {
+                mode: Some(0o600),
+                ..WriteOptions::default()
+            },
+        )
         .await
         .unwrap();
     write.write(&content).await.unwrap();
@@ -250,39 +190,43 @@ async fn files_go_in_and_out_whole_and_directories_can_be_worked_with() {
     let mut read = Vec::new();
     let reader = guest
         .client
-        .read_file(file.clone(), 0, None)
+        .read_file(file.clone(), 0, None, None)
         .await
         .unwrap()
         .into_reader();
     Box::pin(reader).read_to_end(&mut read).await.unwrap();
     assert!(read == content, "{} bytes came back", read.len());
-    let mut part = guest.client.read_file(file.clone(), 10, Some(5)).await.unwrap();
+    let mut part = guest
+        .client
+        .read_file(file.clone(), 10, Some(5), None)
+        .await
+        .unwrap();
     assert_eq!(part.next_chunk().await.unwrap().unwrap(), &content[10..15]);
     assert_eq!(part.next_chunk().await.unwrap(), None);
 
-    let entry = guest.client.stat(file.clone()).await.unwrap();
+    let entry = guest.client.stat(file.clone(), false, None).await.unwrap();
     assert_eq!(
         (entry.size, entry.mode & 0o777, entry.file_type),
         (content.len() as u64, 0o600, FileType::File)
     );
-    guest
-        .client
-        .rename(file.clone(), guest.path("a/b/other"))
+    let change = async |json: serde_json::Value| {
+        let request: GuestRequest = serde_json::from_value(json).unwrap();
+        guest.client.change_files("change", &request).await
+    };
+    change(serde_json::json!({ "op": "file_move", "from": file, "to": guest.path("a/b/other") }))
         .await
         .unwrap();
-    guest.client.make_dir(guest.path("a/b/c/d")).await.unwrap();
-    let names: Vec<_> = guest
-        .client
-        .list(dir.clone())
+    change(serde_json::json!({ "op": "make_dir", "path": guest.path("a/b/c/d") }))
         .await
-        .unwrap()
-        .into_iter()
-        .map(|e| e.name)
-        .collect();
+        .unwrap();
+    let mut listing = guest.client.list(dir.clone(), 1, (0, None), None).await.unwrap();
+    let entries = listing.next().await.unwrap().unwrap();
+    let names: Vec<_> = entries.iter().map(|entry| entry.name.as_str()).collect();
     assert_eq!(names, ["c", "other"]);
+    assert_eq!(listing.next().await.unwrap(), Err(false));
     let missing = guest
         .client
-        .read_file(file, 0, None)
+        .read_file(file, 0, None, None)
         .await
         .unwrap()
         .next_chunk()
@@ -291,8 +235,10 @@ async fn files_go_in_and_out_whole_and_directories_can_be_worked_with() {
         matches!(missing, Err(GuestClientError::Refused { .. })),
         "{missing:?}"
     );
-    guest.client.remove(dir.clone(), true).await.unwrap();
-    assert!(guest.client.stat(dir).await.is_err());
+    change(serde_json::json!({ "op": "file_remove", "path": dir, "recursive": true }))
+        .await
+        .unwrap();
+    assert!(guest.client.stat(dir, false, None).await.is_err());
 }
 
 #[tokio::test]

@@ -18,11 +18,12 @@ mod kvm {
     use nix::sched::{CloneFlags, unshare};
     use tokio::io::AsyncReadExt as _;
     use torpor_agent::execution::{BlankConfig, Platform};
+    use torpor_agent::guest_client::channel::last_frame;
     use torpor_agent::machine::hypervisor::{
         ConnectError, Execution, Hypervisor as _, ImageState, MachineSpec, PlatformConfig,
     };
     use torpor_agent::net::NetConfig;
-    use torpor_api::http::ExecRequest;
+    use torpor_api::guest::{ExecSpec, FrameType, GuestResponse};
     use torpor_api::vmm::VmmState;
     use torpor_api::{ExecutionId, MachineId};
 
@@ -114,16 +115,28 @@ while True:
     }
 
     async fn run(execution: &dyn Execution, argv: &[&str], background: bool) -> String {
-        let argv = argv.iter().map(|word| (*word).to_owned()).collect();
-        let request = ExecRequest {
-            argv,
+        let spec = ExecSpec {
+            argv: argv.iter().map(|word| (*word).to_owned()).collect(),
             background,
             timeout_ms: Some(60_000),
-            ..ExecRequest::default()
+            ..ExecSpec::default()
         };
-        let result = execution.exec(request).await.unwrap();
-        assert!(background || result.exit_code == Some(0), "{result:?}");
-        result.stdout
+        let mut channel = execution.guest().exec(spec).await.unwrap();
+        let mut stdout = Vec::new();
+        loop {
+            let frame = channel.receiver.next().await.unwrap();
+            match frame.kind {
+                FrameType::Stdout => stdout.extend_from_slice(&frame.payload),
+                FrameType::Started | FrameType::Stderr => {}
+                _ => match last_frame(&frame).unwrap() {
+                    GuestResponse::Exited { code, .. } => {
+                        assert!(background || code == Some(0), "{code:?}");
+                        return String::from_utf8(stdout).unwrap();
+                    }
+                    other => panic!("{other:?}"),
+                },
+            }
+        }
     }
 
     /// What the counter in the guest answers; waits for it to listen.

@@ -66,8 +66,22 @@ pub struct Attached {
     pub serial: u64,
     /// Offset of the first byte of output that follows; larger than asked for if what was before is not kept.
     pub offset: u64,
-    /// Bytes of standard input that were taken so far.
+    /// Bytes of standard input that were taken so far from clients that joined.
     pub input_offset: u64,
+    /// The end of standard input was taken.
+    pub input_ended: bool,
+}
+
+/// What a process can be told by somebody who does not join it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum ProcessOrder {
+    /// Bytes of standard input, base64.
+    Input(String),
+    /// No more input.
+    InputEnd,
+    /// The terminal has another size.
+    Resize(WindowSize),
 }
 
 /// A process that an exec started.

@@ -36,7 +36,7 @@ pub struct Client {
     pub is_answered: bool,
     /// When something last moved towards it.
     pub moved: Instant,
-    told_input_offset: u64,
+    told_input: (u64, bool),
 }
 
 impl Client {
@@ -49,21 +49,22 @@ impl Client {
             cursor,
             is_answered: false,
             moved: Instant::now(),
-            told_input_offset: 0,
+            told_input: (0, false),
         }
     }
 
     /// Queue the first frame.
-    pub fn greet(&mut self, pid: u32, serial: u64, input_offset: u64) -> Result<(), FrameError> {
+    pub fn greet(&mut self, pid: u32, serial: u64, input: (u64, bool)) -> Result<(), FrameError> {
         if self.role == Role::Owner {
             return self.link.queue(FrameType::Started, &pid.to_le_bytes());
         }
-        self.told_input_offset = input_offset;
+        self.told_input = input;
         let attached = Attached {
             pid,
             serial,
             offset: self.cursor,
-            input_offset,
+            input_offset: input.0,
+            input_ended: input.1,
         };
         let json = serde_json::to_vec(&attached).unwrap_or_default();
         self.link.queue(FrameType::Attached, &json)
@@ -71,10 +72,13 @@ impl Client {
 
     /// Queue what the client has not got yet, as far as there is room, and send what the socket takes.
     pub fn catch_up(&mut self, state: &State) -> Result<Filled, FrameError> {
-        if self.feeds && self.role != Role::Owner && self.told_input_offset != state.input_offset {
-            self.told_input_offset = state.input_offset;
-            self.link
-                .queue(FrameType::InputTaken, &state.input_offset.to_le_bytes())?;
+        if self.feeds && self.role != Role::Owner && self.told_input != state.input {
+            self.told_input = state.input;
+            let mut payload = [0; 9];
+            let (count, ended) = payload.split_at_mut(8);
+            count.copy_from_slice(&state.input.0.to_le_bytes());
+            ended.copy_from_slice(&[u8::from(state.input.1)]);
+            self.link.queue(FrameType::InputTaken, &payload)?;
         }
         // Lost bytes are skipped; the client sees by its own count and the next `Attached` alone, but a client that
         // follows is never overtaken, because reading from the process stops for it.

@@ -18,13 +18,26 @@ const KEPT_ENDED_BYTES: usize = 4 << 20;
 /// Most bytes of a command line that are kept.
 const KEPT_ARGV_BYTES: usize = 4096;
 
-/// A client that wants to join a session.
+/// Somebody who wants something of a session.
 #[derive(Debug)]
 pub struct Arrival {
     /// Its connection.
     pub socket: UnixStream,
     /// What it wants.
-    pub spec: AttachSpec,
+    pub wish: Wish,
+}
+
+/// What is wanted of a session.
+#[derive(Debug)]
+pub enum Wish {
+    /// Join it.
+    Join(AttachSpec),
+    /// Add this to its input.
+    Input(Vec<u8>),
+    /// End its input.
+    InputEnd,
+    /// Give its terminal another size.
+    Resize(WindowSize),
 }
 
 /// What changes of a process.
@@ -32,8 +45,8 @@ pub struct Arrival {
 pub struct State {
     /// The end of its output.
     pub output: KeptOutput,
-    /// Bytes of standard input that were taken.
-    pub input_offset: u64,
+    /// Bytes of standard input that were taken from clients, and whether the end was.
+    pub input: (u64, bool),
     /// Size of its terminal.
     pub tty: Option<WindowSize>,
     /// It was killed because its time was up.
@@ -92,8 +105,8 @@ impl Process {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hand a client over to the session; gives it back if that is over.
-    pub fn join(&self, arrival: Arrival) -> Result<(), Arrival> {
+    /// Hand somebody over to the session; gives him back if that is over.
+    pub fn hand_over(&self, arrival: Arrival) -> Result<(), Arrival> {
         let mut state = self.state();
         let Some(live) = state.live.as_mut() else {
             return Err(arrival);
@@ -103,7 +116,14 @@ impl Process {
         Ok(())
     }
 
-    /// Whoever wants to join.
+    /// Put back who has to wait.
+    pub fn put_back(&self, waiting: Vec<Arrival>) {
+        if let Some(live) = self.state().live.as_mut() {
+            live.arrivals.splice(..0, waiting);
+        }
+    }
+
+    /// Whoever wants something.
     pub fn take_arrivals(&self) -> Vec<Arrival> {
         let mut state = self.state();
         let Some(live) = state.live.as_mut() else {

@@ -3,7 +3,7 @@
 use super::client::{Agent, Connection, argv, eventually, runs, shell};
 use torpor_api::guest::{
     AttachSpec, Attached, ExecSpec, FrameType, GuestErrorCode, GuestRequest, GuestResponse, ProcessEntry,
-    WindowSize,
+    ProcessOrder, WindowSize,
 };
 
 fn kept(spec: ExecSpec) -> GuestRequest {
@@ -244,6 +244,39 @@ fn a_kill_reaches_a_group_whose_leader_has_ended() {
     eventually("the child is killed", || !runs(child));
     let again = agent.ask(&GuestRequest::SignalGroup { pid, signal: 9 });
     assert_eq!(again.unwrap_err().code, GuestErrorCode::NotFound);
+}
+
+#[test]
+fn input_can_be_given_by_somebody_who_does_not_join() {
+    let agent = Agent::start();
+    let pid = background(
+        &agent,
+        ExecSpec {
+            stdin: true,
+            ..shell("read a; echo got:$a; cat; echo end")
+        },
+    );
+    let tell = |what| agent.ask(&GuestRequest::Tell { pid, what });
+    tell(ProcessOrder::Input("w6QK".to_owned())).unwrap();
+    tell(ProcessOrder::Input("eA==".to_owned())).unwrap();
+    tell(ProcessOrder::InputEnd).unwrap();
+    eventually("it ends", || logs(&agent, pid).code_if_ended() == Some(0));
+    assert_eq!(logs(&agent, pid).text(), "got:ä\nxend\n");
+    assert_eq!(
+        tell(ProcessOrder::InputEnd).unwrap_err().code,
+        GuestErrorCode::BadRequest
+    );
+    let deaf = background(&agent, shell("sleep 1000"));
+    for what in [
+        ProcessOrder::Input("eA==".to_owned()),
+        ProcessOrder::Resize(WindowSize { rows: 1, cols: 1 }),
+    ] {
+        let error = agent.ask(&GuestRequest::Tell { pid: deaf, what }).unwrap_err();
+        assert_eq!(error.code, GuestErrorCode::BadRequest, "{error}");
+    }
+    agent
+        .ask(&GuestRequest::SignalGroup { pid: deaf, signal: 9 })
+        .unwrap();
 }
 
 #[test]

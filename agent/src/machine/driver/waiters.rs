@@ -313,6 +313,7 @@ impl Driver {
             .unwrap_or_else(|| MachineError::not_found(&self.id));
         self.waiters.end_wakes(&error);
         self.waiters.end_pauses(&Err(error));
+        self.shared.dawn.tell(&self.id);
         if self.state == State::Gone {
             self.waiters.end_deletes(&Ok(()));
         } else if self.operation.is_none() {

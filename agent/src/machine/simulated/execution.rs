@@ -1,13 +1,14 @@
 //! One simulated execution: a state, a counter in memory, a counter on disk.
 
 use super::super::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus};
+use super::guest::{RealAgent, SimulatedGuest};
 use super::{Memory, Point, SavedImage, SimulatedHost};
+use crate::guest_client::GuestClient;
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use torpor_api::http::{ExecRequest, ExecResult};
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
@@ -27,6 +28,7 @@ pub struct SimulatedExecution {
     host: Arc<SimulatedHost>,
     inner: Mutex<Inner>,
     exited: watch::Sender<Option<ExitReason>>,
+    ended: CancellationToken,
 }
 
 impl SimulatedExecution {
@@ -49,6 +51,7 @@ impl SimulatedExecution {
             host,
             inner: Mutex::new(inner),
             exited: watch::Sender::new(None),
+            ended: CancellationToken::new(),
         })
     }
 
@@ -138,6 +141,35 @@ impl SimulatedExecution {
         stats
     }
 
+    fn dial(&self) -> SimulatedGuest {
+        let (id, host) = (self.id.clone(), Arc::downgrade(&self.host));
+        SimulatedGuest::new(move |argv| {
+            let live = host.upgrade()?.lock().live.get(&id).cloned()?;
+            live.execute(argv)
+        })
+    }
+
+    /// What a program prints; `None` while the guest stands still.
+    fn execute(&self, argv: &[String]) -> Option<Result<String, String>> {
+        if self.lock().state != VmmState::Running {
+            return None;
+        }
+        Some(match argv.first().map(String::as_str) {
+            Some("count") => {
+                let mut inner = self.lock();
+                inner.memory.counter += 1;
+                Ok(inner.memory.counter.to_string())
+            }
+            Some("write") => Ok(self.write_disk().to_string()),
+            Some("read") => {
+                let host = self.host.lock();
+                let files = host.files.get(&self.machine);
+                Ok(files.map_or(0, |files| files.disk_counter).to_string())
+            }
+            _ => Err("no such program".to_owned()),
+        })
+    }
+
     fn write_disk(&self) -> u64 {
         let mut inner = self.lock();
         let mut host = self.host.lock();
@@ -204,6 +236,7 @@ impl Execution for SimulatedExecution {
         // Only waiting makes sense here: ending a VMM does not fail.
         let _ = self.host.faults.reach(Point::Quit).await;
         self.lock().state = VmmState::Exited;
+        self.ended.cancel();
         self.host.lock().live.remove(&self.id);
         self.exited.send_if_modified(|exited| {
             let first = exited.is_none();
@@ -240,36 +273,14 @@ impl Execution for SimulatedExecution {
             })
     }
 
-    async fn exec(&self, request: ExecRequest) -> Result<ExecResult, HypervisorError> {
-        if self.alive()?.state != VmmState::Running {
-            return Err(HypervisorError::new(
-                ErrorCode::GuestUnreachable,
-                "the guest stands still",
-            ));
+    fn guest(&self) -> GuestClient {
+        match self.host.lock().agent.clone() {
+            Some(agent) => GuestClient::over(Arc::new(RealAgent {
+                agent,
+                ended: self.ended.clone(),
+            })),
+            None => GuestClient::over(Arc::new(self.dial())),
         }
-        let stdout = match request.argv.first().map(String::as_str) {
-            Some("count") => {
-                let mut inner = self.lock();
-                inner.memory.counter += 1;
-                inner.memory.counter.to_string()
-            }
-            Some("write") => self.write_disk().to_string(),
-            Some("read") => {
-                let host = self.host.lock();
-                host.files
-                    .get(&self.machine)
-                    .map_or(0, |files| files.disk_counter)
-                    .to_string()
-            }
-            _ => return Err(HypervisorError::new(ErrorCode::ExecFailed, "no such program")),
-        };
-        Ok(ExecResult {
-            pid: 2,
-            exit_code: Some(0),
-            stdout,
-            stderr: String::new(),
-            truncated: false,
-        })
     }
 
     fn first_byte(&self) {

@@ -2,7 +2,7 @@
 
 use super::super::client::{Client, Role};
 use super::super::link::{Filled, Link};
-use super::super::table::Arrival;
+use super::super::table::{Arrival, Wish};
 use super::{Expected, PEER_CLOSED, RETURN_PATIENCE, Session};
 use crate::errors::Failed;
 use crate::exec::ExecError;
@@ -10,7 +10,7 @@ use crate::wire;
 use nix::poll::PollFlags;
 use std::os::unix::net::UnixStream;
 use std::time::Instant;
-use torpor_api::guest::GuestErrorCode;
+use torpor_api::guest::{AttachSpec, GuestErrorCode, GuestResponse};
 
 impl Session<'_> {
     /// Take the client that started the process.
@@ -19,42 +19,63 @@ impl Session<'_> {
         let role = if keep { Role::Starter } else { Role::Owner };
         let mut client = Client::new(link, role, true, 0);
         client
-            .greet(self.process.pid(), self.process.serial, 0)
+            .greet(self.process.pid(), self.process.serial, (0, false))
             .map_err(|error| ExecError::Protocol(error.to_string()))?;
         self.clients.push(client);
         Ok(())
     }
 
-    /// Take in whoever attaches.
+    /// Take in whoever attaches, and what others want.
     pub(super) fn admit_arrivals(&mut self) {
-        for Arrival { mut socket, spec } in self.process.take_arrivals() {
-            let (begin, end, input_offset) = {
-                let state = self.process.state();
-                (state.output.begin(), state.output.end(), state.input_offset)
-            };
-            if spec.offset > end {
-                let message = format!("offset {} is past the output's end at {end}", spec.offset);
-                wire::finish(&mut socket, Err(wire::error(GuestErrorCode::BadRequest, message)));
-                continue;
-            }
-            let Ok(link) = Link::new(socket) else { continue };
-            let mut client = Client::new(link, Role::Guest, spec.input, spec.offset.max(begin));
-            if client
-                .greet(self.process.pid(), self.process.serial, input_offset)
-                .is_err()
-            {
-                continue;
-            }
-            if spec.input {
-                // What another connection still holds would come twice.
-                for other in &mut self.clients {
-                    other.feeds = false;
-                    other.link.discard_input();
+        let mut waiting = Vec::new();
+        for Arrival { mut socket, wish } in self.process.take_arrivals() {
+            let outcome = match wish {
+                Wish::Join(spec) => {
+                    self.join(socket, &spec);
+                    continue;
                 }
-            }
-            self.expected = None;
-            self.clients.push(client);
+                // Where there is no room for input there is none for an end that follows it either.
+                wish @ (Wish::Input(_) | Wish::InputEnd) if !self.wants_input() => {
+                    waiting.push(Arrival { socket, wish });
+                    continue;
+                }
+                Wish::Input(bytes) => self.take_input(&bytes),
+                Wish::InputEnd => self.take_input_end(),
+                Wish::Resize(size) => self.resize(size),
+            };
+            let outcome = outcome.map(|()| GuestResponse::Done);
+            wire::finish(&mut socket, outcome.map_err(|error| Failed::from(error).0));
         }
+        self.process.put_back(waiting);
+        self.end_input_if_done();
+    }
+
+    fn join(&mut self, mut socket: UnixStream, spec: &AttachSpec) {
+        let (begin, end, input) = {
+            let state = self.process.state();
+            (state.output.begin(), state.output.end(), state.input)
+        };
+        if spec.offset > end {
+            let message = format!("offset {} is past the output's end at {end}", spec.offset);
+            return wire::finish(&mut socket, Err(wire::error(GuestErrorCode::BadRequest, message)));
+        }
+        let Ok(link) = Link::new(socket) else { return };
+        let mut client = Client::new(link, Role::Guest, spec.input, spec.offset.max(begin));
+        if client
+            .greet(self.process.pid(), self.process.serial, input)
+            .is_err()
+        {
+            return;
+        }
+        if spec.input {
+            // What another connection still holds would come twice.
+            for other in &mut self.clients {
+                other.feeds = false;
+                other.link.discard_input();
+            }
+        }
+        self.expected = None;
+        self.clients.push(client);
     }
 
     /// Send everybody what is new; and, when there will be nothing more, the end.

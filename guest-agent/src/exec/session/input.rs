@@ -38,35 +38,66 @@ impl Session<'_> {
     fn handle_frame(&mut self, frame: &Frame, feeds: bool) -> Result<(), ExecError> {
         let bad = |message: &str| ExecError::Protocol(message.to_owned());
         match frame.kind {
-            FrameType::Stdin if !self.takes_input => Err(bad("this exec takes no standard input")),
-            FrameType::Stdin if !feeds => Err(bad("another client gives this process its input")),
-            FrameType::Stdin if self.input_ended => Err(bad("standard input after its end")),
+            FrameType::Stdin | FrameType::StdinEof if !feeds => {
+                Err(bad("another client gives this process its input"))
+            }
             FrameType::Stdin => {
-                self.process.state().input_offset += frame.payload.len() as u64;
-                if self.streams.input.is_some() {
-                    self.input.extend_from_slice(&frame.payload);
-                }
+                self.take_input(&frame.payload)?;
+                self.process.state().input.0 += frame.payload.len() as u64;
                 Ok(())
             }
             FrameType::StdinEof => {
-                if !self.input_ended && self.takes_input && self.streams.controller.is_some() {
-                    self.input.push(END_OF_TRANSMISSION);
+                // Nothing to end is no error: the client need not know.
+                if self.takes_input {
+                    self.take_input_end()?;
                 }
-                self.input_ended = true;
+                self.process.state().input.1 = true;
                 Ok(())
             }
             FrameType::Resize => {
                 let size = serde_json::from_slice::<WindowSize>(&frame.payload);
-                let size = size.map_err(|error| bad(&format!("no window size: {error}")))?;
-                let controller = self.streams.controller.as_ref();
-                let controller = controller.ok_or_else(|| bad("this exec has no terminal"))?;
-                terminal::resize(controller, size).map_err(ExecError::os("resize a terminal"))?;
-                self.process.state().tty = Some(size);
-                Ok(())
+                self.resize(size.map_err(|error| bad(&format!("no window size: {error}")))?)
             }
             FrameType::Signal => self.signal(&frame.payload),
             other => Err(bad(&format!("{other:?} is no frame of an exec's client"))),
         }
+    }
+
+    pub(super) fn take_input(&mut self, bytes: &[u8]) -> Result<(), ExecError> {
+        let bad = |message: &str| Err(ExecError::Protocol(message.to_owned()));
+        if !self.takes_input {
+            return bad("this exec takes no standard input");
+        }
+        if self.input_ended {
+            return bad("standard input after its end");
+        }
+        if self.streams.input.is_some() {
+            self.input.extend_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    pub(super) fn take_input_end(&mut self) -> Result<(), ExecError> {
+        if !self.takes_input {
+            return Err(ExecError::Protocol(
+                "this exec takes no standard input".to_owned(),
+            ));
+        }
+        if !self.input_ended && self.streams.controller.is_some() {
+            self.input.push(END_OF_TRANSMISSION);
+        }
+        // A terminal goes on after its end of file.
+        self.input_ended = self.streams.controller.is_none();
+        Ok(())
+    }
+
+    pub(super) fn resize(&mut self, size: WindowSize) -> Result<(), ExecError> {
+        let controller = self.streams.controller.as_ref();
+        let controller =
+            controller.ok_or_else(|| ExecError::Protocol("this exec has no terminal".to_owned()))?;
+        terminal::resize(controller, size).map_err(ExecError::os("resize a terminal"))?;
+        self.process.state().tty = Some(size);
+        Ok(())
     }
 
     fn signal(&self, payload: &[u8]) -> Result<(), ExecError> {
@@ -100,7 +131,7 @@ impl Session<'_> {
         self.end_input_if_done();
     }
 
-    fn end_input_if_done(&mut self) {
+    pub(super) fn end_input_if_done(&mut self) {
         if self.input_ended && self.input.is_empty() && self.streams.controller.is_none() {
             self.streams.input = None;
         }
