@@ -8,17 +8,17 @@ mod entry;
 mod fork;
 mod grants;
 mod policy;
+mod presence;
 mod snapshots;
 mod turns;
-mod presence;
 mod view;
 mod warm;
 
 pub use create::CreateOrder;
 pub use fork::{ForkOrder, TemplateSnapshotOrder};
 pub use policy::{PolicyRule, check_lease_and_wake};
-pub use snapshots::SnapshotOrder;
 pub use presence::Presence;
+pub use snapshots::SnapshotOrder;
 pub use view::{MachineQuery, status_counts};
 
 use super::clock::Clock;

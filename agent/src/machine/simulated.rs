@@ -6,8 +6,8 @@
 
 mod execution;
 mod faults;
-mod snapshots;
 mod guest;
+mod snapshots;
 
 pub use execution::SimulatedExecution;
 pub use faults::{Fault, Faults, Hold, Point};

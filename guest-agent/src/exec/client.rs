@@ -83,21 +83,26 @@ impl Client {
         // Lost bytes are skipped; the client sees by its own count and the next `Attached` alone, but a client that
         // follows is never overtaken, because reading from the process stops for it.
         self.cursor = self.cursor.max(state.output.begin());
-        while self.link.has_room()
-            && let Some((kind, bytes)) = state.output.chunk(self.cursor, CHUNK_BYTES)
-        {
-            self.cursor += bytes.len() as u64;
-            self.link.queue(kind, &bytes)?;
+        loop {
+            while self.link.has_room()
+                && let Some((kind, bytes)) = state.output.chunk(self.cursor, CHUNK_BYTES)
+            {
+                self.cursor += bytes.len() as u64;
+                self.link.queue(kind, &bytes)?;
+            }
+            let before = self.link.queued_bytes();
+            if before == 0 {
+                return Ok(Filled::Open);
+            }
+            let filled = self.link.flush();
+            if self.link.queued_bytes() < before {
+                self.moved = Instant::now();
+            }
+            // Only a socket that takes no more tells when to go on.
+            if filled == Filled::Closed || self.link.has_output() {
+                return Ok(filled);
+            }
         }
-        if !self.link.has_output() {
-            return Ok(Filled::Open);
-        }
-        let before = self.link.queued_bytes();
-        let filled = self.link.flush();
-        if self.link.queued_bytes() < before {
-            self.moved = Instant::now();
-        }
-        Ok(filled)
     }
 
     /// Queue the last frame, once all output is.

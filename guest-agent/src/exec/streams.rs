@@ -79,9 +79,10 @@ pub fn start_with_pipes(
         terminal: false,
     };
     let child = execs.start(&command.program, &streams)?;
+    // Of two that are ready together the last is read first.
     let outputs = vec![
-        Output::new(out, FrameType::Stdout),
         Output::new(err, FrameType::Stderr),
+        Output::new(out, FrameType::Stdout),
     ];
     Ok((
         child,
