@@ -1,5 +1,6 @@
 """Firecracker with the same kernel, root disk and guest agent, in a network namespace of its own."""
 import contextlib
+import ctypes
 import http.client
 import json
 import os
@@ -15,7 +16,10 @@ from wakebench import cache, guest_channel
 from wakebench.guests import first_byte
 
 TEMPLATE = pathlib.Path("/usr/share/torpor/templates/base")
-GUEST_ADDRESS, TAP_CIDR, GUEST_MAC = "172.31.0.2", "172.31.0.1/30", "06:00:ac:1f:00:02"
+GUEST_ADDRESS, TAP_CIDR = "172.31.0.2", "172.31.0.1/30"
+# What torpor-guest has as permanent neighbours.
+GUEST_MAC, TAP_MAC = "06:00:ac:1f:00:02", "06:00:ac:1f:00:01"
+CLONE_NEWNET = 0x40000000
 
 
 def sh(command):
@@ -35,6 +39,12 @@ def api(path, method, route, body):
         raise RuntimeError(f"firecracker {route}: {response.status} {text!r}")
 
 
+def _listens(path):
+    """Whether a connect to the socket works: the file is there a moment before."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
 class FirecrackerSide:
     """One guest, paused to a snapshot and loaded again: by a fresh process, or one started before."""
 
@@ -46,17 +56,22 @@ class FirecrackerSide:
         self.namespace = f"fcb{os.getpid() % 10000}{int(prestarted)}"
         sh(f"ip netns add {self.namespace}")
         sh(f"ip -n {self.namespace} tuntap add tap0 mode tap && ip -n {self.namespace} addr add {TAP_CIDR} dev tap0 && "
-           f"ip -n {self.namespace} link set tap0 up && ip -n {self.namespace} neigh replace {GUEST_ADDRESS} "
+           f"ip -n {self.namespace} link set tap0 address {TAP_MAC} up && ip -n {self.namespace} neigh replace {GUEST_ADDRESS} "
            f"lladdr {GUEST_MAC} dev tap0 nud permanent")
         sh(f"cp --sparse=always {TEMPLATE}/rootfs.ext4 {self.directory}/rootfs.ext4")
-        self._boot()
+        try:
+            self._boot()
+        except BaseException:
+            self.close()
+            raise
 
     def _spawn(self):
         socket_path = self.directory / f"api-{time.monotonic_ns()}.sock"
-        process = subprocess.Popen(["ip", "netns", "exec", self.namespace, self.binary, "--api-sock", socket_path,
-                                    "--log-path", "/dev/null"], cwd=self.directory,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not socket_path.exists():
+        # Straight into the namespace: `ip netns exec` would be charged to Firecracker.
+        process = subprocess.Popen([self.binary, "--api-sock", socket_path, "--log-path", "/dev/null"],
+                                   cwd=self.directory, preexec_fn=self._enter, stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not _listens(socket_path):
             time.sleep(0.0005)
         return process, str(socket_path)
 
@@ -88,15 +103,19 @@ class FirecrackerSide:
                     raise
                 time.sleep(0.2)
 
+    def _enter(self):
+        with open(f"/run/netns/{self.namespace}") as namespace:
+            if cache.LIBC.setns(namespace.fileno(), CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), f"setns {self.namespace}")
+
     def _socket(self):
         """A TCP socket of the guest's namespace."""
         made = []
 
         def make():
-            with open(f"/run/netns/{self.namespace}") as namespace:
-                # CLONE_NEWNET; the thread ends with its namespace, ours is untouched.
-                if cache.LIBC.setns(namespace.fileno(), 0x40000000) == 0:
-                    made.append(socket.socket())
+            # The thread ends with its namespace, ours is untouched.
+            self._enter()
+            made.append(socket.socket())
         thread = threading.Thread(target=make)
         thread.start()
         thread.join()

@@ -1,16 +1,18 @@
-//! Guest RAM: one private anonymous mapping, contiguous by RAM offset, under a reservation that the memslots
-//! are bound to before there is any memory.
+//! Guest RAM: one private mapping, contiguous by RAM offset, under a reservation that the memslots are bound to
+//! before there is any memory. It is anonymous, but for pages of an image that were mapped before the guest ran.
 //!
-//! Owns the mapping, the record of pages that the guest gave back, and the way to find which pages are
-//! present. [`lazy`] fills missing pages from an image. vCPUs and devices write to RAM at any time while the
+//! Owns the mapping, the record of pages that the guest gave back, and the way to find which pages are the guest's
+//! own. [`lazy`] fills missing pages from an image, [`prefetch`] many of them at once. vCPUs and devices write to RAM at any time while the
 //! guest runs, so no reference into it is ever formed: everything goes through raw copies or
 //! [`GuestMemory`]'s volatile access.
 //!
 //! Invariants: a page is *discarded* from the moment the balloon gives it back until the process ends;
 //! when absent it is zero, whatever an image says. A discarded page that the guest touches again is present,
-//! and then its content counts.
+//! and then its content counts. A page of a mapped image becomes the guest's own with the first write to it; until
+//! then it is what the image holds, and nobody rewrites it there: a persist writes only pages that are the guest's.
 
 pub mod lazy;
+pub mod prefetch;
 mod source;
 
 pub use source::Backing;
@@ -20,6 +22,7 @@ use crate::sys::kvm::SlotMapping;
 use crate::sys::pagemap::Pagemap;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use vm_memory::mmap::MmapRegionBuilder;
@@ -131,6 +134,8 @@ pub struct Ram {
     base: *mut libc::c_void,
     len: usize,
     discarded: PageBitmap,
+    /// Pages under which an image is mapped.
+    mapped: PageBitmap,
     /// Held while a miss is filled and while pages are discarded: a page can't come back from the image
     /// after it was given back.
     fill: Mutex<()>,
@@ -161,6 +166,7 @@ impl Ram {
         }
         Ok(Self {
             discarded: PageBitmap::new(layout.n_pages()),
+            mapped: PageBitmap::new(layout.n_pages()),
             layout,
             base,
             len,
@@ -178,13 +184,7 @@ impl Ram {
             len_bytes: self.len as u64,
             source: io::Error::last_os_error(),
         };
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
-        // SAFETY: `base..base+len` is our own reservation, so MAP_FIXED replaces nothing else.
-        let mapped = unsafe { libc::mmap(self.base, self.len, protection, flags, -1, 0) };
-        if mapped == libc::MAP_FAILED {
-            return Err(failed());
-        }
+        map_empty(self.base, self.len).map_err(|_| failed())?;
         for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
             // SAFETY: the range is ours and mapped; this advice changes no contents.
             if unsafe { libc::madvise(self.base, self.len, advice) } != 0 {
@@ -276,12 +276,64 @@ impl Ram {
         unsafe { std::ptr::copy_nonoverlapping(source, buffer.as_mut_ptr(), buffer.len()) };
     }
 
-    /// Ranges of pages that are present, in order.
+    /// Ranges of pages that are present and not those of a mapped image, in order.
     ///
     /// # Errors
     /// The page map can't be read.
-    pub fn present(&self) -> io::Result<Vec<Range<u64>>> {
-        self.pagemap.present(self.base as u64, self.len as u64)
+    pub fn own_pages(&self) -> io::Result<Vec<Range<u64>>> {
+        self.pagemap.own(self.base as u64, self.len as u64)
+    }
+
+    /// Map pages of a file privately under pages of RAM that nobody has touched or can touch meanwhile.
+    ///
+    /// # Errors
+    /// The kernel refused, or the range is not RAM.
+    pub fn map_file(&self, pages: Range<u64>, file: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
+        let (start, len) = self.range(&pages)?;
+        let offset = libc::off_t::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_FIXED;
+        // SAFETY: the range is inside our own mapping, as just checked, and holds nothing yet.
+        let mapped = unsafe { libc::mmap(start, len, protection, flags, file.as_raw_fd(), offset) };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.mapped.set(pages);
+        Ok(())
+    }
+
+    /// Bring pages of a mapped image into the page table, as copies of their own if they will be written.
+    ///
+    /// # Errors
+    /// Reading the file failed, or there is no memory.
+    pub fn populate(&self, pages: Range<u64>, to_write: bool) -> io::Result<()> {
+        let (start, len) = self.range(&pages)?;
+        let advice = if to_write {
+            libc::MADV_POPULATE_WRITE
+        } else {
+            libc::MADV_POPULATE_READ
+        };
+        // SAFETY: the range is inside our own mapping, as just checked; this advice changes no contents.
+        if unsafe { libc::madvise(start, len, advice) } == 0 {
+            Ok(())
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
+    /// Whether an image is mapped under this page.
+    #[must_use]
+    pub fn is_mapped(&self, page: u64) -> bool {
+        self.mapped.get(page)
+    }
+
+    fn range(&self, pages: &Range<u64>) -> io::Result<(*mut libc::c_void, usize)> {
+        if pages.start > pages.end || pages.end > self.layout.n_pages() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let len = usize::try_from((pages.end - pages.start) * PAGE_BYTES);
+        let start = self.hva(pages.start * PAGE_BYTES) as *mut libc::c_void;
+        Ok((start, len.map_err(|_| io::ErrorKind::InvalidInput)?))
     }
 
     /// Whether the guest ever gave this page back.
@@ -311,12 +363,34 @@ impl Ram {
         self.discarded
             .set(offset / PAGE_BYTES..(offset + len_bytes) / PAGE_BYTES);
         let start = self.hva(offset) as *mut libc::c_void;
-        // SAFETY: the range is whole pages of our own private mapping; the guest gave up their contents.
-        let rc = unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) };
-        if rc != 0 {
+        let pages = offset / PAGE_BYTES..(offset + len_bytes) / PAGE_BYTES;
+        let freed = if pages.clone().any(|page| self.mapped.get(page)) {
+            // What the image has must not show through, so there is nothing but empty memory from here on.
+            map_empty(start, len)
+        } else {
+            // SAFETY: the range is whole pages of our own private mapping; the guest gave up their contents.
+            match unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        if let Err(error) = freed {
             // Present pages keep counting with their contents, so the image stays right; only memory is lost.
-            tracing::warn!(gpa, len_bytes, error = %io::Error::last_os_error(), "cannot free discarded pages");
+            tracing::warn!(gpa, len_bytes, %error, "cannot free discarded pages");
         }
+    }
+}
+
+/// Replace a part of our own reservation by memory that is zero when touched.
+fn map_empty(start: *mut libc::c_void, len: usize) -> io::Result<()> {
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
+    // SAFETY: callers name a range of the reservation, so MAP_FIXED replaces nothing else.
+    let mapped = unsafe { libc::mmap(start, len, protection, flags, -1, 0) };
+    if mapped == libc::MAP_FAILED {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
     }
 }
 

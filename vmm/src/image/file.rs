@@ -9,6 +9,7 @@ use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -51,6 +52,8 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
     fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), PageError>;
     /// These pages will be read soon.
     fn will_need(&self, pages: Range<u64>);
+    /// The file that holds all pages in order, and the offset of page `first`, if they may be mapped from it.
+    fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)>;
 }
 
 /// Whether all bytes are zero.
@@ -251,6 +254,10 @@ impl PageSource for ImageFile {
             // A hint: without it the reads are only slower.
             let _ = nix::fcntl::posix_fadvise(&self.file, offset, len, advice);
         }
+    }
+
+    fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)> {
+        Some((self.file.as_fd(), self.layout.page_offset(first)))
     }
 }
 

@@ -1,7 +1,7 @@
 //! The working set: which pages a wake needed up to its first response byte.
 //!
 //! On disk: number of extents and CRC32C of them, both `u32`, then extents of first page and number of pages,
-//! `u32` each, in order of the first touch.
+//! `u32` each, in order of the first touch. The top bit of the number says that pages of the extent were written.
 
 use super::WORKING_SET_CAPACITY;
 use std::collections::HashSet;
@@ -13,13 +13,15 @@ const HEADER_LEN: usize = 8;
 const EXTENT_LEN: usize = 8;
 /// One part in so many of the previous set is left out of the next: it comes back with one fault if it is still
 /// needed, and is gone if not. So a set forgets what is no longer touched.
-const FORGET_ONE_IN: u64 = 16;
+const FORGET_ONE_IN: u64 = 64;
+const WRITTEN: u32 = 1 << 31;
 
 /// Pages that follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Extent {
     first: u32,
     n_pages: u32,
+    written: bool,
 }
 
 impl Extent {
@@ -28,7 +30,23 @@ impl Extent {
     pub fn new(pages: Range<u64>) -> Option<Self> {
         let first = u32::try_from(pages.start).ok()?;
         let n_pages = u32::try_from(pages.end.checked_sub(pages.start)?).ok()?;
-        (n_pages > 0).then_some(Self { first, n_pages })
+        (1..WRITTEN).contains(&n_pages).then_some(Self {
+            first,
+            n_pages,
+            written: false,
+        })
+    }
+
+    /// The same pages, known to be written before the first response byte, or not.
+    #[must_use]
+    pub fn with_written(self, written: bool) -> Self {
+        Self { written, ..self }
+    }
+
+    /// Whether pages of it were written before the first response byte.
+    #[must_use]
+    pub fn is_written(&self) -> bool {
+        self.written
     }
 
     /// Its pages, cut to a RAM of `limit` pages.
@@ -53,7 +71,7 @@ pub fn merge_working_set(previous: &[Extent], touched: &[Extent], generation: u6
         .unwrap_or(0)
         .saturating_sub(HEADER_LEN)
         / EXTENT_LEN;
-    all.filter(|extent| seen.insert(**extent))
+    all.filter(|extent| seen.insert((extent.first, extent.n_pages)))
         .take_while(|extent| {
             n_pages += u64::from(extent.n_pages);
             n_pages * crate::layout::PAGE_BYTES <= MAX_BYTES
@@ -69,7 +87,8 @@ pub fn encode_working_set(extents: &[Extent]) -> Vec<u8> {
     let mut body = Vec::with_capacity(extents.len() * EXTENT_LEN);
     for extent in extents {
         body.extend(extent.first.to_le_bytes());
-        body.extend(extent.n_pages.to_le_bytes());
+        let flag = if extent.written { WRITTEN } else { 0 };
+        body.extend((extent.n_pages | flag).to_le_bytes());
     }
     let mut bytes = u32::try_from(extents.len()).unwrap_or(0).to_le_bytes().to_vec();
     bytes.extend(crc32c::crc32c(&body).to_le_bytes());
@@ -92,8 +111,10 @@ pub fn decode_working_set(bytes: &[u8], n_pages: u64) -> Option<Vec<Extent>> {
         .map(|chunk| {
             let (first, count) = chunk.split_first_chunk::<4>()?;
             let first = u64::from(u32::from_le_bytes(*first));
-            let end = first + u64::from(u32::from_le_bytes(count.try_into().ok()?));
-            (end <= n_pages).then(|| Extent::new(first..end)).flatten()
+            let count = u32::from_le_bytes(count.try_into().ok()?);
+            let end = first + u64::from(count & !WRITTEN);
+            let extent = (end <= n_pages).then(|| Extent::new(first..end)).flatten()?;
+            Some(extent.with_written(count & WRITTEN != 0))
         })
         .collect()
 }
@@ -109,8 +130,10 @@ mod tests {
 
     #[test]
     fn a_set_survives_the_disk_and_a_damaged_one_does_not() {
-        let bytes = encode_working_set(&extents(10));
-        assert_eq!(decode_working_set(&bytes, 160).unwrap(), extents(10));
+        let mut set = extents(10);
+        set[3] = set[3].with_written(true);
+        let bytes = encode_working_set(&set);
+        assert_eq!(decode_working_set(&bytes, 160).unwrap(), set);
         assert_eq!(decode_working_set(&bytes, 159), None);
         for at in 0..bytes.len() {
             let mut damaged = bytes.clone();
@@ -123,7 +146,7 @@ mod tests {
     fn what_is_never_touched_again_is_forgotten_and_what_is_touched_stays() {
         let mut set = extents(64);
         let touched = [Extent::new(3 * 16..4 * 16).unwrap()];
-        for generation in 0..512 {
+        for generation in 0..4096 {
             set = merge_working_set(&set, &touched, generation);
         }
         assert_eq!(set, touched);

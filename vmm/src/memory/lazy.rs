@@ -1,7 +1,7 @@
 //! RAM that is filled from a hibernation image when it is touched.
 //!
-//! One thread reads page faults from userfaultfd and fills a window of pages around each; a restore fills the
-//! working set in bulk before the vCPUs run. A page is copied in only after its checksum was found right. If
+//! One thread reads page faults from userfaultfd and fills a window of pages around each; the working set is put in
+//! place in bulk before the vCPUs run ([`super::prefetch`]). A page is copied in only after its checksum was found right. If
 //! it can't be read or is wrong, the failure callback is called and must not return in production: the vCPU
 //! that waits for the page never goes on (fail closed).
 //!
@@ -21,14 +21,14 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Pages filled around a fault.
+/// Pages filled around a fault once the working set is recorded.
 pub const WINDOW_PAGES: u64 = 16;
-/// Pages filled with one read in a prefetch.
-pub const BATCH_PAGES: u64 = 256;
+/// The same before: what is filled beside the page that was touched makes later wakes slower.
+pub const RECORDED_WINDOW_PAGES: u64 = 4;
 
 /// A page that can't be given to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -78,11 +78,11 @@ pub struct FillCounters {
 }
 
 #[derive(Debug)]
-struct Shared {
-    ram: Arc<Ram>,
+pub(super) struct Shared {
+    pub(super) ram: Arc<Ram>,
     uffd: Uffd,
-    source: Arc<dyn PageSource>,
-    filled: PageBitmap,
+    pub(super) source: Arc<dyn PageSource>,
+    pub(super) filled: PageBitmap,
     recorded: Mutex<Option<Vec<Extent>>>,
     counters: FillCounters,
 }
@@ -90,7 +90,7 @@ struct Shared {
 /// The filling of one RAM.
 #[derive(Debug)]
 pub struct LazyMemory {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     stop: EventFd,
     thread: Option<JoinHandle<()>>,
 }
@@ -136,29 +136,6 @@ impl LazyMemory {
             stop,
             thread: Some(thread),
         })
-    }
-
-    /// Fill pages ahead of their first touch; how many there were.
-    ///
-    /// # Errors
-    /// A page can't be read or is wrong.
-    pub fn prefetch(&self, extents: &[Extent]) -> Result<u64, FillError> {
-        let n_pages = self.shared.ram.layout().n_pages();
-        let ranges = union(extents.iter().map(|extent| extent.pages(n_pages)).collect());
-        for range in &ranges {
-            self.shared.source.will_need(range.clone());
-        }
-        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(BATCH_PAGES).unwrap_or(1)];
-        let mut filled = 0;
-        for range in ranges {
-            let mut from = range.start;
-            while from < range.end {
-                let to = range.end.min(from + BATCH_PAGES);
-                filled += self.shared.fill(from..to, &mut buffer)?;
-                from = to;
-            }
-        }
-        Ok(filled)
     }
 
     /// The first response byte left: what was filled up to here, which this returns, is the working set.
@@ -221,8 +198,13 @@ impl Shared {
     fn serve_fault(&self, address: u64, buffer: &mut [u8]) -> Result<(), FillError> {
         let page = self.ram.page_of(address).ok_or(FillError::Stray { address })?;
         self.counters.faults.fetch_add(1, Ordering::Relaxed);
-        let start = page / WINDOW_PAGES * WINDOW_PAGES;
-        let window = start..(start + WINDOW_PAGES).min(self.ram.layout().n_pages());
+        let size = if self.is_recording() {
+            RECORDED_WINDOW_PAGES
+        } else {
+            WINDOW_PAGES
+        };
+        let start = page / size * size;
+        let window = start..(start + size).min(self.ram.layout().n_pages());
         // Before the fill: it lets the guest go on, and the first response byte must not overtake the record.
         if window.clone().any(|page| self.kind(page) == Kind::InImage) {
             self.record(&window);
@@ -238,31 +220,31 @@ impl Shared {
             })
     }
 
+    fn recorded(&self) -> MutexGuard<'_, Option<Vec<Extent>>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn is_recording(&self) -> bool {
+        self.recorded().is_some()
+    }
+
     fn record(&self, window: &Range<u64>) {
-        let mut recorded = self
-            .recorded
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some(extents) = recorded.as_mut() {
+        if let Some(extents) = self.recorded().as_mut() {
             extents.extend(Extent::new(window.clone()));
         }
     }
 
     fn stop_recording(&self) -> Vec<Extent> {
-        let mut recorded = self
-            .recorded
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        recorded.take().unwrap_or_default()
+        self.recorded().take().unwrap_or_default()
+    }
+
+    pub(super) fn count_pages(&self, n_pages: u64) {
+        self.counters.pages.fetch_add(n_pages, Ordering::Relaxed);
     }
 
     /// Fill the missing pages of a range that fits the buffer.
-    fn fill(&self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
-        let _no_discard = self
-            .ram
-            .fill
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+    pub(super) fn fill(&self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
+        let _no_discard = self.ram.fill.lock().unwrap_or_else(PoisonError::into_inner);
         let mut n_filled = 0;
         let mut page = pages.start;
         while page < pages.end {
@@ -275,7 +257,7 @@ impl Shared {
                 // May be present: it was touched again after it was given back.
                 Kind::Discarded => self.place_zeros(page..end)?,
                 Kind::InImage => {
-                    self.counters.pages.fetch_add(end - page, Ordering::Relaxed);
+                    self.count_pages(end - page);
                     self.fill_from_source(page..end, buffer)?;
                     n_filled += end - page;
                 }
@@ -285,7 +267,7 @@ impl Shared {
         Ok(n_filled)
     }
 
-    fn kind(&self, page: u64) -> Kind {
+    pub(super) fn kind(&self, page: u64) -> Kind {
         if self.ram.is_discarded(page) {
             Kind::Discarded
         } else if self.filled.get(page) {
@@ -320,7 +302,7 @@ impl Shared {
         Ok(())
     }
 
-    fn place_zeros(&self, pages: Range<u64>) -> Result<(), FillError> {
+    pub(super) fn place_zeros(&self, pages: Range<u64>) -> Result<(), FillError> {
         self.place(pages, None)
     }
 
@@ -352,16 +334,17 @@ impl Shared {
     }
 }
 
+/// What a page needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Filled,
     Discarded,
     InImage,
 }
 
-struct Run<'a> {
-    bytes: &'a [u8],
-    zero: bool,
+pub(super) struct Run<'a> {
+    pub(super) bytes: &'a [u8],
+    pub(super) zero: bool,
 }
 
 /// The same pages in as few ranges as possible, in order.
@@ -378,7 +361,7 @@ pub(crate) fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
 }
 
 /// Runs of pages that are all zero, or all not.
-fn runs(mut rest: &[u8]) -> impl Iterator<Item = Run<'_>> {
+pub(super) fn runs(mut rest: &[u8]) -> impl Iterator<Item = Run<'_>> {
     std::iter::from_fn(move || {
         let zero = is_zero(rest.get(..PAGE_SIZE)?);
         let n_same = rest

@@ -1,13 +1,17 @@
 //! Memory is tested in this process, without KVM: its own threads fault.
 
 use super::lazy::{FillError, LazyMemory};
+use super::prefetch::Placement;
 use super::{GuestMemory, PageBitmap, Ram};
 use crate::image::{Extent, PageError, PageSource};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
 use crate::sys::uffd::Uffd;
 use proptest::prelude::*;
 use std::collections::HashSet;
+use std::fs::File;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use vm_memory::{Bytes, GuestAddress};
@@ -16,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 #[derive(Debug, Default)]
 struct Numbered {
     broken: Option<u64>,
+    file: Option<File>,
     read: Mutex<Vec<Range<u64>>>,
 }
 
@@ -41,6 +46,10 @@ impl PageSource for Numbered {
         Ok(())
     }
     fn will_need(&self, _: Range<u64>) {}
+    fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)> {
+        let file = self.file.as_ref()?;
+        Some((file.as_fd(), first * PAGE_BYTES))
+    }
 }
 
 struct Lazy {
@@ -52,12 +61,39 @@ struct Lazy {
 }
 
 fn lazy(mem_mib: u32, broken: Option<u64>) -> Lazy {
+    lazy_from(
+        mem_mib,
+        Numbered {
+            broken,
+            ..Numbered::default()
+        },
+    )
+}
+
+/// With a file of the same contents, to be mapped.
+fn mappable(mem_mib: u32) -> Lazy {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(u64::from(mem_mib) << 20).unwrap();
+    for page in 0..8192 {
+        let number = numbered(page);
+        if number != 0 {
+            file.write_all_at(&number.to_le_bytes(), page * PAGE_BYTES)
+                .unwrap();
+        }
+    }
+    lazy_from(
+        mem_mib,
+        Numbered {
+            file: Some(file),
+            ..Numbered::default()
+        },
+    )
+}
+
+fn lazy_from(mem_mib: u32, source: Numbered) -> Lazy {
     let ram = Arc::new(Ram::reserve(RamLayout::new(mem_mib).unwrap()).unwrap());
     ram.map().unwrap();
-    let source = Arc::new(Numbered {
-        broken,
-        ..Numbered::default()
-    });
+    let source = Arc::new(source);
     let (sender, failures) = channel();
     let on_failure = Box::new(move |error| sender.send(error).unwrap());
     let uffd = Uffd::open().unwrap();
@@ -88,14 +124,25 @@ fn every_page_is_filled_with_its_own_content_when_touched() {
         assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
     }
     let (faults, _, pages) = guest.lazy.counts();
-    assert_eq!((faults, pages), (4, 64), "one fault per window of 16");
+    assert_eq!((faults, pages), (5, 20), "one fault per window of 4");
     // The window's other pages may still be on their way; the thread ends after them.
     drop(guest.lazy);
-    let present = guest.ram.present().unwrap();
+    let present = guest.ram.own_pages().unwrap();
     assert_eq!(
         present.iter().map(|range| range.end - range.start).sum::<u64>(),
-        64
+        20
     );
+}
+
+#[test]
+fn after_the_first_byte_more_is_filled_around_a_fault() {
+    let guest = lazy(128, None);
+    let _ = guest.lazy.first_byte();
+    for page in [5, 4, 0, 15, 1000] {
+        assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
+    }
+    let (faults, _, pages) = guest.lazy.counts();
+    assert_eq!((faults, pages), (2, 32), "one fault per window of 16");
 }
 
 #[test]
@@ -147,7 +194,7 @@ fn a_prefetched_working_set_raises_no_fault() {
         .into_iter()
         .filter_map(Extent::new)
         .collect();
-    assert_eq!(guest.lazy.prefetch(&extents).unwrap(), 364);
+    assert_eq!(guest.lazy.prefetch(&extents, Placement::Copied).unwrap(), 364);
     for page in (0..64).chain(5000..5300) {
         assert_eq!(number_at(&guest.memory, page), numbered(page));
     }
@@ -159,9 +206,81 @@ fn a_prefetch_of_a_broken_page_fails() {
     let guest = lazy(128, Some(7));
     let extent = Extent::new(0..16).unwrap();
     assert!(matches!(
-        guest.lazy.prefetch(&[extent]),
+        guest.lazy.prefetch(&[extent], Placement::Copied),
         Err(FillError::Source { .. })
     ));
+}
+
+#[test]
+fn a_mapped_working_set_raises_no_fault_and_is_the_files_until_it_is_written() {
+    let guest = mappable(128);
+    let extents: Vec<_> = [0..16, 48..64, 5000..5300]
+        .into_iter()
+        .filter_map(Extent::new)
+        .collect();
+    assert_eq!(guest.lazy.prefetch(&extents, Placement::Mapped).unwrap(), 332);
+    guest.lazy.populate(&extents);
+    for page in (0..16).chain(48..64).chain(5000..5300) {
+        assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
+    }
+    assert_eq!(guest.lazy.counts(), (0, 0, 332));
+    assert_eq!(guest.ram.own_pages().unwrap(), []);
+
+    let address = GuestAddress(5001 * PAGE_BYTES);
+    guest.memory.write_obj(7u64, address).unwrap();
+    assert_eq!(number_at(&guest.memory, 5001), 7);
+    assert_eq!(guest.ram.own_pages().unwrap(), [5001..5002]);
+    let mut kept = [0; 8];
+    let file = guest.source.file.as_ref().unwrap();
+    file.read_exact_at(&mut kept, 5001 * PAGE_BYTES).unwrap();
+    assert_eq!(u64::from_le_bytes(kept), 5001);
+    // Between and behind the mapped pages a touch is a fault as ever.
+    assert_eq!(number_at(&guest.memory, 17), 17);
+    assert_eq!(guest.lazy.counts().0, 1);
+}
+
+#[test]
+fn pages_that_will_be_written_are_the_guests_own_before_it_runs() {
+    let guest = mappable(128);
+    let extents = [
+        Extent::new(100..104).unwrap(),
+        Extent::new(104..108).unwrap().with_written(true),
+    ];
+    guest.lazy.prefetch(&extents, Placement::Mapped).unwrap();
+    assert_eq!(guest.ram.own_pages().unwrap(), [104..108]);
+    assert_eq!(number_at(&guest.memory, 105), 105);
+}
+
+#[test]
+fn a_broken_page_is_not_mapped() {
+    let guest = lazy_from(
+        128,
+        Numbered {
+            broken: Some(7),
+            file: Some(tempfile::tempfile().unwrap()),
+            ..Numbered::default()
+        },
+    );
+    let extent = Extent::new(0..16).unwrap();
+    assert!(matches!(
+        guest.lazy.prefetch(&[extent], Placement::Mapped),
+        Err(FillError::Source { .. })
+    ));
+    assert!(!guest.ram.is_mapped(6));
+}
+
+#[test]
+fn a_mapped_page_that_was_given_back_is_zero_and_keeps_its_neighbours() {
+    let guest = mappable(128);
+    let extent = Extent::new(32..48).unwrap();
+    guest.lazy.prefetch(&[extent], Placement::Mapped).unwrap();
+    guest
+        .memory
+        .write_obj(9u64, GuestAddress(34 * PAGE_BYTES))
+        .unwrap();
+    guest.ram.discard(33 * PAGE_BYTES, 2 * PAGE_BYTES);
+    let seen: Vec<_> = (32..36).map(|page| number_at(&guest.memory, page)).collect();
+    assert_eq!(seen, [0, 0, 0, 35]);
 }
 
 #[test]
@@ -171,10 +290,10 @@ fn the_working_set_is_what_was_touched_before_the_first_byte() {
     number_at(&guest.memory, 3);
     let recorded = guest.lazy.first_byte();
     number_at(&guest.memory, 5000);
-    let expected: Vec<_> = [96..112, 0..16].into_iter().filter_map(Extent::new).collect();
+    let expected: Vec<_> = [100..104, 0..4].into_iter().filter_map(Extent::new).collect();
     assert_eq!(recorded, expected);
     assert!(guest.lazy.take_recorded().is_empty());
-    assert_eq!(guest.lazy.counts(), (3, 2, 48));
+    assert_eq!(guest.lazy.counts(), (3, 2, 24));
 }
 
 #[test]
@@ -242,7 +361,7 @@ fn discards_and_faults_at_once_lose_nothing_that_was_kept() {
 fn memory_of_a_fresh_boot_is_zero_and_absent_until_touched() {
     let ram = Ram::reserve(RamLayout::new(4096).unwrap()).unwrap();
     ram.map().unwrap();
-    assert_eq!(ram.present().unwrap(), []);
+    assert_eq!(ram.own_pages().unwrap(), []);
     let memory = ram.guest_memory().unwrap();
     memory.write_obj(1u8, GuestAddress(4 << 30)).unwrap();
     let mut page = [1; PAGE_SIZE];

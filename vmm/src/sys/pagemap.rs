@@ -1,4 +1,5 @@
-//! Which pages of our own address space are present: `PAGEMAP_SCAN` (Linux 6.7), or `/proc/self/pagemap`.
+//! Which pages of our own address space hold memory of their own: `PAGEMAP_SCAN` (Linux 6.7), or
+//! `/proc/self/pagemap`. Pages of a privately mapped file count once they were written.
 
 use std::fs::File;
 use std::io;
@@ -7,12 +8,14 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const PAGE_IS_FILE: u64 = 1 << 2;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const REGIONS_PER_SCAN: usize = 4096;
 const PAGE: u64 = 4096;
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
+const ENTRY_FILE: u64 = 1 << 61;
 
 #[repr(C)]
 struct ScanArg {
@@ -57,11 +60,11 @@ impl Pagemap {
         })
     }
 
-    /// Ranges of pages, counted from `start`, that are present or swapped out.
+    /// Ranges of pages, counted from `start`, that are present or swapped out and not a file's.
     ///
     /// # Errors
     /// Neither way works.
-    pub fn present(&self, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
+    pub fn own(&self, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
         match self.scan(start, len) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                 self.read_entries(start, len)
@@ -92,8 +95,8 @@ impl Pagemap {
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
                 max_pages: 0,
-                category_inverted: 0,
-                category_mask: 0,
+                category_inverted: PAGE_IS_FILE,
+                category_mask: PAGE_IS_FILE,
                 category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
                 return_mask: PAGE_IS_PRESENT,
             };
@@ -133,7 +136,7 @@ impl Pagemap {
                 .read_exact_at(&mut buffer[..wanted], (start / PAGE + page) * 8)?;
             for entry in buffer[..wanted].chunks_exact(8) {
                 let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
-                if entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 {
+                if entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE == 0 {
                     push(&mut ranges, page..page + 1);
                 }
                 page += 1;

@@ -10,6 +10,7 @@ use crate::devices::Backends;
 use crate::image::{self, Expected, Extent, OpenImage, PageSource};
 use crate::layout::PAGE_BYTES;
 use crate::memory::lazy::{FailureSink, LazyMemory, union};
+use crate::memory::prefetch::Placement;
 use std::fs::File;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -62,11 +63,15 @@ impl Prepared {
         for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
             vcpu.restore(state)?;
         }
-        trace.prefetched_pages = lazy.prefetch(&working_set)?;
+        trace.prefetched_pages = lazy.prefetch(&working_set, Placement::default())?;
         for vcpu in &self.vcpus {
             vcpu.done()?;
         }
-        self.pre_fault(&working_set)?;
+        if self.can_pre_fault {
+            self.pre_fault(&working_set)?;
+        } else {
+            lazy.populate(&working_set);
+        }
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
         self.pm1.restore(state.pm1_enable);
@@ -128,11 +133,7 @@ impl Prepared {
 
     /// The second-level page table of the working set: by the first vCPU, because all share it.
     fn pre_fault(&self, working_set: &[Extent]) -> Result<(), VmError> {
-        let Some(first) = self
-            .vcpus
-            .first()
-            .filter(|_| self.can_pre_fault && !working_set.is_empty())
-        else {
+        let Some(first) = self.vcpus.first().filter(|_| !working_set.is_empty()) else {
             return Ok(());
         };
         let layout = self.ram.layout();

@@ -1,7 +1,7 @@
 //! Which pages a persist writes and which it makes holes.
 //!
-//! A page that is present is compared with what the image holds. A page that is not present was not touched
-//! since the restore, and keeps what the image has, unless the guest gave it back, which makes it zero;
+//! A page that is present, and not that of a mapped image, is compared with what the image holds. Any other was not
+//! written since the restore, and keeps what the image has, unless the guest gave it back, which makes it zero;
 //! no persist that failed has written it. So no log of writes is needed, and what devices wrote is seen like what
 //! the guest wrote.
 
@@ -40,7 +40,7 @@ impl Plan {
         cancel: &AtomicBool,
     ) -> Result<Self, PersistError> {
         let mut plan = Self {
-            present: ram.present().map_err(failed("find present pages"))?,
+            present: ram.own_pages().map_err(failed("find present pages"))?,
             fresh,
             ..Self::default()
         };

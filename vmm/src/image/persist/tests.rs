@@ -6,6 +6,7 @@ use crate::image::{
 };
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
 use crate::memory::lazy::LazyMemory;
+use crate::memory::prefetch::Placement;
 use crate::memory::{GuestMemory, Ram};
 use crate::sys::uffd::Uffd;
 use proptest::prelude::*;
@@ -179,7 +180,7 @@ fn a_wake_that_only_reads_writes_no_page() {
     let mut woken = Guest::restore(&file, 1);
     assert!(woken.page(3) == guest.page(3));
     let stats = woken.persist(&file, 2);
-    assert_eq!((stats.present_pages, stats.written_pages), (16, 0));
+    assert_eq!((stats.present_pages, stats.written_pages), (4, 0));
     assert!(reconstruct(&file, 2) == guest.dump());
 }
 
@@ -453,7 +454,8 @@ enum Step {
     Discard(u64),
     Persist,
     CancelPersist,
-    Restore,
+    /// With pages put in place before it runs.
+    Restore(Extent, Placement),
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -463,12 +465,20 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0u64..96).prop_map(Step::Discard),
         2 => Just(Step::Persist),
         1 => Just(Step::CancelPersist),
-        2 => Just(Step::Restore),
+        3 => restore_step(),
     ]
 }
 
+fn restore_step() -> impl Strategy<Value = Step> {
+    let placement = prop_oneof![Just(Placement::Copied), Just(Placement::Mapped)];
+    (0u64..96, 1u64..60, any::<bool>(), placement).prop_map(|(first, n_pages, written, placement)| {
+        let extent = Extent::new(first..first + n_pages).unwrap();
+        Step::Restore(extent.with_written(written), placement)
+    })
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
     fn every_image_equals_a_model_of_memory_after_any_life(steps in prop::collection::vec(step(), 1..60)) {
@@ -506,9 +516,11 @@ proptest! {
                     prop_assert!(matches!(job.run(), Err(PersistError::Cancelled)));
                     durable = None;
                 }
-                Step::Restore => {
+                Step::Restore(extent, placement) => {
                     if let Some((at, pages)) = &durable {
                         guest = Guest::restore(&file, *at);
+                        let backing = guest.backing.as_ref().unwrap();
+                        backing.prefetch(&[extent], placement).unwrap();
                         model = pages.clone();
                     }
                 }

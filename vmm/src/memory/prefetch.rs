@@ -1,0 +1,188 @@
+//! The working set, put in place before the vCPUs run.
+//!
+//! Two ways, for the same pages and with the same checks. *Copied*: read, checked, copied in by userfaultfd; the
+//! memory is this process's alone. *Mapped*: read, checked, and then the image's own pages in the page cache are
+//! mapped privately: nothing is copied, clones of one image share them, and they cost no memory of this process
+//! until they are written. Runs of zero pages are zero pages either way.
+//!
+//! Only for a guest that does not run yet: replacing a mapping under a running vCPU would race with its faults.
+//! A page that is mapped was checked when it was read into the page cache; an image in use is written by nobody but
+//! the persist of its own machine, which leaves pages alone that the guest did not write.
+
+use super::lazy::{FillError, Kind, LazyMemory, Shared, runs, union};
+use crate::image::Extent;
+use crate::layout::PAGE_SIZE;
+use std::ops::Range;
+use std::sync::PoisonError;
+
+/// Pages read and checked at once.
+const BATCH_PAGES: u64 = 256;
+/// A run of zero pages shorter than this between others is mapped with them: every run costs a mapping.
+const SHORT_ZERO_RUN_PAGES: u64 = 8;
+/// Most separate mappings of one working set; the kernel's limit for a process is 65,530 by default.
+const MAX_MAPPINGS: usize = 8192;
+
+/// How pages get from the image into guest memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Placement {
+    /// As copies.
+    Copied,
+    /// As private mappings of the image.
+    #[default]
+    Mapped,
+}
+
+impl LazyMemory {
+    /// Put pages in place ahead of their first touch; how many there were.
+    ///
+    /// # Errors
+    /// A page can't be read or is wrong.
+    pub fn prefetch(&self, extents: &[Extent], placement: Placement) -> Result<u64, FillError> {
+        let shared = &self.shared;
+        let n_pages = shared.ram.layout().n_pages();
+        let ranges = union(extents.iter().map(|extent| extent.pages(n_pages)).collect());
+        for range in &ranges {
+            shared.source.will_need(range.clone());
+        }
+        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(BATCH_PAGES).unwrap_or(1)];
+        let mut mapper = Mapper::new(shared);
+        let mut n_filled = 0;
+        for pages in ranges.iter().cloned().flat_map(batches) {
+            let may_map = placement == Placement::Mapped && mapper.n_mappings < MAX_MAPPINGS;
+            n_filled += if may_map && shared.source.file(pages.start).is_some() {
+                mapper.place(pages, &mut buffer)?
+            } else {
+                shared.fill(pages, &mut buffer)?
+            };
+        }
+        mapper.flush()?;
+        if placement == Placement::Mapped {
+            let written = extents.iter().filter(|extent| extent.is_written());
+            shared.populate(union(written.map(|extent| extent.pages(n_pages)).collect()), true);
+        }
+        Ok(n_filled)
+    }
+
+    /// Bring the mapped pages of the extents into this process's page table, for a KVM that can't do so itself.
+    pub fn populate(&self, extents: &[Extent]) {
+        let n_pages = self.shared.ram.layout().n_pages();
+        let pages = extents.iter().map(|extent| extent.pages(n_pages));
+        self.shared.populate(union(pages.collect()), false);
+    }
+}
+
+impl Shared {
+    /// Best effort: a page that can't be brought now is brought, or refused, when it is touched.
+    fn populate(&self, ranges: Vec<Range<u64>>, to_write: bool) {
+        for pages in ranges {
+            let mut rest = pages.filter(|page| self.ram.is_mapped(*page)).peekable();
+            while let Some(first) = rest.next() {
+                let mut end = first + 1;
+                while rest.next_if_eq(&end).is_some() {
+                    end += 1;
+                }
+                if let Err(error) = self.ram.populate(first..end, to_write) {
+                    tracing::debug!(first, end, %error, "mapped pages not populated");
+                }
+            }
+        }
+    }
+}
+
+/// Joins neighbours, so that a run of pages is one mapping.
+struct Mapper<'s> {
+    shared: &'s Shared,
+    run: Range<u64>,
+    n_mappings: usize,
+}
+
+impl<'s> Mapper<'s> {
+    fn new(shared: &'s Shared) -> Self {
+        Self {
+            shared,
+            run: 0..0,
+            n_mappings: 0,
+        }
+    }
+
+    /// Check the pages of a batch and map what is not zero; how many pages.
+    fn place(&mut self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
+        let shared = self.shared;
+        let _no_discard = shared.ram.fill.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut n_filled = 0;
+        let mut first = pages.start;
+        while first < pages.end {
+            let kind = shared.kind(first);
+            let same = |page: &u64| shared.kind(*page) != kind;
+            let end = (first + 1..pages.end).find(same).unwrap_or(pages.end);
+            if kind == Kind::InImage {
+                self.place_missing(first..end, buffer)?;
+                n_filled += end - first;
+            }
+            first = end;
+        }
+        Ok(n_filled)
+    }
+
+    fn place_missing(&mut self, pages: Range<u64>, buffer: &mut [u8]) -> Result<(), FillError> {
+        let len = PAGE_SIZE * usize::try_from(pages.end - pages.start).unwrap_or(0);
+        let buffer = &mut buffer[..len];
+        let failed = |source| FillError::Source {
+            first: pages.start,
+            end: pages.end,
+            source,
+        };
+        self.shared.source.read(pages.start, buffer).map_err(failed)?;
+        let mut first = pages.start;
+        for run in runs(buffer) {
+            let end = first + (run.bytes.len() / PAGE_SIZE) as u64;
+            if run.zero && end - first >= SHORT_ZERO_RUN_PAGES {
+                self.shared.place_zeros(first..end)?;
+            } else {
+                self.add(first..end)?;
+            }
+            first = end;
+        }
+        self.shared.count_pages(pages.end - pages.start);
+        self.shared.filled.set(pages);
+        Ok(())
+    }
+
+    fn add(&mut self, pages: Range<u64>) -> Result<(), FillError> {
+        if self.run.end == pages.start && !self.run.is_empty() {
+            self.run.end = pages.end;
+            return Ok(());
+        }
+        self.flush()?;
+        self.run = pages;
+        Ok(())
+    }
+
+    /// Make the mapping of the run that is complete.
+    fn flush(&mut self) -> Result<(), FillError> {
+        let pages = std::mem::take(&mut self.run);
+        if pages.is_empty() {
+            return Ok(());
+        }
+        let failed = |source| FillError::Place {
+            first: pages.start,
+            end: pages.end,
+            source,
+        };
+        let unmappable = || failed(std::io::ErrorKind::Unsupported.into());
+        let (file, offset) = self.shared.source.file(pages.start).ok_or_else(unmappable)?;
+        self.n_mappings += 1;
+        self.shared
+            .ram
+            .map_file(pages.clone(), file, offset)
+            .map_err(failed)
+    }
+}
+
+fn batches(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    let step = usize::try_from(BATCH_PAGES).unwrap_or(1);
+    let end = pages.end;
+    pages
+        .step_by(step)
+        .map(move |from| from..(from + BATCH_PAGES).min(end))
+}
