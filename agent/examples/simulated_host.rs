@@ -124,8 +124,10 @@ impl Hypervisor for Host {
         machine: &MachineSpec,
         execution: &ExecutionId,
         generation: u64,
+        first_port: Option<u16>,
     ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError> {
-        let (restored, stages) = self.simulated.restore(machine, execution, generation).await?;
+        let restored = self.simulated.restore(machine, execution, generation, first_port);
+        let (restored, stages) = restored.await?;
         Ok((self.with_guest(&machine.id, restored), stages))
     }
     async fn adopt(&self) -> Vec<Adopted> {

@@ -203,8 +203,10 @@ impl Hypervisor for Platform {
         machine: &MachineSpec,
         execution: &ExecutionId,
         generation: u64,
+        first_port: Option<u16>,
     ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError> {
-        self.restore_machine(machine, execution, generation).await
+        self.restore_machine(machine, execution, generation, first_port)
+            .await
     }
 
     async fn adopt(&self) -> Vec<Adopted> {

@@ -18,7 +18,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 /// Version of the format: header, layout of guest memory and encoding of the state.
-pub const FORMAT_VERSION: u32 = 1;
+pub const FORMAT_VERSION: u32 = 2;
 /// Room for the state.
 pub const VMSTATE_CAPACITY: u64 = 2 << 20;
 /// Room for the working set.

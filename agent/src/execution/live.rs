@@ -68,7 +68,11 @@ pub(super) struct VmmExecution {
     claim: Mutex<Option<Claim>>,
     exited: watch::Sender<Option<ExitReason>>,
     attempt: watch::Sender<Attempt>,
+    /// A connection that was begun beside the restore, for the first who wants this port.
+    early: Mutex<Option<(u16, EarlyConnection)>>,
 }
+
+type EarlyConnection = tokio::task::JoinHandle<Result<TcpStream, ConnectError>>;
 
 impl VmmExecution {
     /// Make an execution of them, and follow its VMM until it is gone.
@@ -85,6 +89,7 @@ impl VmmExecution {
             claim: Mutex::new(Some(holdings.claim)),
             exited: watch::Sender::new(None),
             attempt: watch::Sender::default(),
+            early: Mutex::new(None),
         });
         execution.watch(holdings.events);
         execution
@@ -103,6 +108,20 @@ impl VmmExecution {
             }
             execution.gone(reason).await;
         });
+    }
+
+    /// Begin a connection to the guest before it runs: its first SYN waits in the tap.
+    pub(super) fn connect_early(&self, port: u16) {
+        let Some(slot) = self.slot() else { return };
+        let connection = tokio::spawn(async move { slot.connect(port).await });
+        *self.early.lock().unwrap_or_else(PoisonError::into_inner) = Some((port, connection));
+    }
+
+    fn take_early(&self, port: u16) -> Option<EarlyConnection> {
+        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+        early
+            .take_if(|(wanted, _)| *wanted == port)
+            .map(|(_, connection)| connection)
     }
 
     pub(super) fn client(&self) -> &VmmClient {
@@ -350,6 +369,10 @@ impl Execution for VmmExecution {
     }
 
     async fn quit(&self) {
+        let early = self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((_, connection)) = early {
+            connection.abort();
+        }
         let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.end().await;
         if let Some(slot) = slot {
@@ -376,6 +399,11 @@ impl Execution for VmmExecution {
     }
 
     async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError> {
+        if let Some(early) = self.take_early(port)
+            && let Ok(Ok(stream)) = early.await
+        {
+            return Ok(stream);
+        }
         match self.slot() {
             Some(slot) => slot.connect(port).await,
             None => Err(ConnectError::Unreachable {

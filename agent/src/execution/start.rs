@@ -7,7 +7,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use torpor_api::vmm::{ExitReason, FdRole, Request, Shape};
 use torpor_api::{ErrorCode, ExecutionId};
@@ -26,6 +26,9 @@ use crate::net::{NetError, RefillHold, SlotLease};
 /// Every kernel command line begins with this.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 root=/dev/vda rw init=/usr/local/bin/torpor-guest quiet \
                        nowatchdog mitigations=off pci=off";
+
+/// How long the pools rest after a start: what fills them competes with the guest's first answer.
+const REFILL_QUIET: Duration = Duration::from_secs(1);
 
 /// Descriptors of a machine's files that every start passes on.
 struct OpenFiles {
@@ -125,6 +128,7 @@ impl Platform {
         machine: &MachineSpec,
         execution: &ExecutionId,
         generation: u64,
+        first_port: Option<u16>,
     ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError> {
         let begun = Instant::now();
         let files = self.images.machine(&machine.id);
@@ -138,6 +142,9 @@ impl Platform {
         };
         let (taken, (open, image, manifest)) = tokio::try_join!(self.take(machine), prepare)?;
         let (live, tap, vsock) = self.name(taken, machine, execution, ErrorCode::ResumeFailed)?;
+        if let Some(port) = first_port {
+            live.get().connect_early(port);
+        }
         let vmm_ready_us = micros(begun);
 
         let request = Request::Restore {
@@ -278,7 +285,7 @@ impl Platform {
         let live = Live {
             unconfirmed: Unconfirmed(Some(execution.clone())),
             execution,
-            _refills: refills,
+            refills,
         };
         Ok((live, tap, parts.vsock_listener))
     }
@@ -288,7 +295,7 @@ impl Platform {
 struct Live {
     execution: Arc<VmmExecution>,
     unconfirmed: Unconfirmed,
-    _refills: Refills,
+    refills: Refills,
 }
 
 impl Live {
@@ -296,8 +303,14 @@ impl Live {
         &self.execution
     }
 
+    /// The guest has the processors for itself until the first response is likely to be out.
     fn confirm(mut self) -> Arc<dyn Execution> {
         self.unconfirmed.0 = None;
+        let refills = self.refills;
+        tokio::spawn(async move {
+            tokio::time::sleep(REFILL_QUIET).await;
+            drop(refills);
+        });
         self.execution
     }
 }

@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 pub const IMAGE: &str = "memory.img";
 /// Length of the header in bytes.
 pub const HEADER_LEN: usize = 4096;
-/// The one version of the format so far.
-pub const FORMAT: u32 = 1;
+/// The one version of the format that can be read.
+pub const FORMAT: u32 = 2;
 const MAGIC: &[u8; 8] = b"TORPORMI";
 const FLAG_VALID: u32 = 1;
 const CRC_OFFSET: usize = HEADER_LEN - 4;

@@ -206,11 +206,13 @@ pub trait Hypervisor: Send + Sync + 'static {
     /// Restore from the image, whose manifest must name exactly `generation`; answer when the vCPUs run and the
     /// guest agent acknowledged clock and entropy. Errors: `image_corrupt` and `incompatible_snapshot` before
     /// the guest ran, else `machine_resume_failed` or `capacity_exceeded`; the image is unharmed by all of them.
+    /// A connection to `first_port` will be asked for first and may be attempted beside the restore.
     async fn restore(
         &self,
         machine: &MachineSpec,
         execution: &ExecutionId,
         generation: u64,
+        first_port: Option<u16>,
     ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError>;
 
     /// Called once, at start: every VMM that still answers under the run directory. What does not answer is

@@ -213,6 +213,7 @@ impl Hypervisor for SimulatedHypervisor {
         machine: &MachineSpec,
         execution: &ExecutionId,
         generation: u64,
+        _first_port: Option<u16>,
     ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError> {
         self.0.lock().n_restores += 1;
         self.0.faults.reach(Point::Restore).await?;

@@ -224,7 +224,7 @@ fn a_machine_boots_runs_commands_sleeps_and_wakes_as_a_new_execution() {
         );
 
         let name = ExecutionId::generate();
-        let (awake, stages) = platform.restore(&machine, &name, 1).await.unwrap();
+        let (awake, stages) = platform.restore(&machine, &name, 1, None).await.unwrap();
         println!("{stages:?}");
         assert_eq!(awake.id(), &name);
         assert!(stages.vmm_ready_us <= stages.restored_us && stages.restored_us <= stages.resynced_us);
@@ -454,7 +454,7 @@ fn a_restore_of_another_generation_or_template_is_refused_and_harms_nothing() {
         let wake = async |machine: &MachineSpec, generation| {
             code(
                 platform
-                    .restore(machine, &ExecutionId::generate(), generation)
+                    .restore(machine, &ExecutionId::generate(), generation, None)
                     .await,
             )
         };
@@ -479,14 +479,16 @@ fn a_restore_of_another_generation_or_template_is_refused_and_harms_nothing() {
             ImageState::Valid { generation: 5 }
         );
         let (awake, _) = platform
-            .restore(&machine, &ExecutionId::generate(), 5)
+            .restore(&machine, &ExecutionId::generate(), 5, None)
             .await
             .unwrap();
         awake.quit().await;
         platform.stop().await;
 
         let platform = host.start("refuses_image").await;
-        let refused = platform.restore(&machine, &ExecutionId::generate(), 5).await;
+        let refused = platform
+            .restore(&machine, &ExecutionId::generate(), 5, None)
+            .await;
         assert_eq!(code(refused), ErrorCode::ImageCorrupt);
         assert_eq!(
             platform.inspect_image(&machine.id).await,

@@ -198,7 +198,7 @@ while True:
         );
 
         let (execution, stages) = platform
-            .restore(machine, &ExecutionId::generate(), 1)
+            .restore(machine, &ExecutionId::generate(), 1, None)
             .await
             .unwrap();
         println!("wake: {stages:?}");
@@ -235,7 +235,7 @@ while True:
 
             platform.blanks_settled().await;
             let (execution, stages) = platform
-                .restore(&machine, &ExecutionId::generate(), 2)
+                .restore(&machine, &ExecutionId::generate(), 2, None)
                 .await
                 .unwrap();
             println!("wake with a blank VMM ready: {stages:?}");

@@ -13,6 +13,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use twox_hash::XxHash64;
 
 /// Checksums of one block of the table, 4 KiB of it.
 const BLOCK_PAGES: u64 = 1024;
@@ -66,10 +67,19 @@ pub fn is_zero(bytes: &[u8]) -> bool {
         .all(|chunk| *chunk == ZEROS[..chunk.len()])
 }
 
-/// CRC32C of a page of zeros.
+/// Checksum of a page: XXH64 with seed 0, its halves folded. As fast as CRC32C on metal and, being plain
+/// arithmetic, ten times as fast where the CRC instruction is emulated.
+pub(super) fn page_checksum(page: &[u8]) -> u32 {
+    let hash = XxHash64::oneshot(0, page);
+    #[expect(clippy::cast_possible_truncation, reason = "the halves were folded")]
+    let folded = (hash ^ (hash >> 32)) as u32;
+    folded
+}
+
+/// Checksum of a page of zeros.
 pub(super) fn zero_checksum() -> u32 {
     static SUM: OnceLock<u32> = OnceLock::new();
-    *SUM.get_or_init(|| crc32c::crc32c(&[0; PAGE_SIZE]))
+    *SUM.get_or_init(|| page_checksum(&[0; PAGE_SIZE]))
 }
 
 #[derive(Debug)]
@@ -238,7 +248,7 @@ impl PageSource for ImageFile {
         self.read_raw(first, buffer).map_err(failed)?;
         for (content, page) in buffer.chunks_exact(PAGE_SIZE).zip(first..) {
             let wanted = self.checksum(page).map_err(failed)?;
-            let found = crc32c::crc32c(content);
+            let found = page_checksum(content);
             if found != wanted {
                 return Err(PageError::Checksum { page, found, wanted });
             }

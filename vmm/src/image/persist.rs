@@ -15,6 +15,7 @@ pub use plan::Plan;
 
 use self::room::Room;
 
+use super::file::page_checksum;
 use super::{Extent, Header, HeaderError, HostSignature, ImageFile, ImageLayout, PageError, PageSource};
 use super::{VMSTATE_CAPACITY, encode_working_set};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
@@ -287,7 +288,7 @@ impl Persist {
                 let content = &mut buffer[..len];
                 self.content(plan, pages.clone(), content)?;
                 for (page, bytes) in pages.clone().zip(content.chunks_exact(PAGE_SIZE)) {
-                    let sum = crc32c::crc32c(bytes);
+                    let sum = page_checksum(bytes);
                     self.baseline
                         .set_checksum(page, sum)
                         .map_err(failed("note a checksum"))?;

@@ -16,7 +16,9 @@ use std::ops::Range;
 use std::sync::PoisonError;
 
 /// Pages read and checked at once.
-const BATCH_PAGES: u64 = 256;
+const BATCH_PAGES: u64 = 64;
+/// Pages between two parts of the working set that are mapped with them: they cost less than another mapping.
+const GAP_PAGES: u64 = 8;
 /// A run of zero pages shorter than this between others is mapped with them: every run costs a mapping.
 const SHORT_ZERO_RUN_PAGES: u64 = 8;
 /// Most separate mappings of one working set; the kernel's limit for a process is 65,530 by default.
@@ -40,7 +42,11 @@ impl LazyMemory {
     pub fn prefetch(&self, extents: &[Extent], placement: Placement) -> Result<u64, FillError> {
         let shared = &self.shared;
         let n_pages = shared.ram.layout().n_pages();
-        let ranges = union(extents.iter().map(|extent| extent.pages(n_pages)).collect());
+        let wanted = extents.iter().map(|extent| extent.pages(n_pages)).collect();
+        let ranges = match placement {
+            Placement::Copied => union(wanted),
+            Placement::Mapped => bridged(union(wanted)),
+        };
         for range in &ranges {
             shared.source.will_need(range.clone());
         }
@@ -177,6 +183,18 @@ impl<'s> Mapper<'s> {
             .map_file(pages.clone(), file, offset)
             .map_err(failed)
     }
+}
+
+/// Ranges in order with short gaps between them closed.
+fn bridged(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in ranges {
+        match joined.last_mut() {
+            Some(last) if range.start - last.end <= GAP_PAGES => last.end = range.end,
+            _ => joined.push(range),
+        }
+    }
+    joined
 }
 
 fn batches(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {

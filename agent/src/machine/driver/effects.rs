@@ -63,6 +63,7 @@ impl Driver {
             spec: self.row.spec.clone(),
             generation: self.row.image_generation,
             asked: self.wake.asked,
+            first_port: self.wake.first_port(),
             first: First::Boot,
         }
     }
@@ -237,6 +238,8 @@ struct UpOrder {
     spec: MachineSpec,
     generation: u64,
     asked: Instant,
+    /// Where the traffic that asked wants to go.
+    first_port: Option<u16>,
     /// What a new machine begins with.
     first: First,
 }
@@ -293,7 +296,7 @@ async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
     let id = ExecutionId::generate();
     match shared
         .hypervisor
-        .restore(&order.spec, &id, order.generation)
+        .restore(&order.spec, &id, order.generation, order.first_port)
         .await
     {
         Err(error) => Outcome::Restored(Err(error)),

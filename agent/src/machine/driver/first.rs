@@ -74,7 +74,7 @@ async fn go_on(
     id: &ExecutionId,
 ) -> Result<Started, HypervisorError> {
     let generation = shared.hypervisor.clone_snapshot(snapshot, spec).await?;
-    let (execution, stages) = shared.hypervisor.restore(spec, id, generation).await?;
+    let (execution, stages) = shared.hypervisor.restore(spec, id, generation, None).await?;
     Ok(Started {
         execution,
         stages: Some(stages),

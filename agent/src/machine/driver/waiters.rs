@@ -49,6 +49,12 @@ impl WakeOrder {
         }
     }
 
+    /// Port of the guest that the traffic wants, if it is traffic: part of the details.
+    pub(super) fn first_port(&self) -> Option<u16> {
+        let port = self.cause.get("port").and_then(serde_json::Value::as_u64);
+        port.and_then(|port| u16::try_from(port).ok())
+    }
+
     fn event(&self) -> Event {
         match self.need {
             Need::Guest => Event::Wake,

@@ -6,6 +6,7 @@
 //! the guest wrote.
 
 use super::{CHUNK_PAGES, PersistError, check_cancel, chunks, failed};
+use crate::image::file::page_checksum;
 use crate::image::{ImageFile, PageSource, is_zero};
 use crate::layout::PAGE_SIZE;
 use crate::memory::Ram;
@@ -95,7 +96,7 @@ impl Plan {
             } else if baseline
                 .checksum(page)
                 .map_err(failed("read checksums of the image"))?
-                == crc32c::crc32c(bytes)
+                == page_checksum(bytes)
             {
                 // Where the old page can't be read, the new one is written.
                 let read = || baseline.read_raw(pages.start, &mut buffers.old[..len]).is_ok();
