@@ -112,10 +112,30 @@ class Machine:
             call("POST", f"/v1/machines/{self.id}/services", {"port": port})
         url = self.url(port=port)
 
+        seen = []
+
         def answers():
-            with contextlib.suppress(OSError, ApiFailure):
-                return fetch(url)
-        return wait_for(answers, "counter.py answers")
+            try:
+                return fetch(url, timeout=30)
+            except (OSError, http.client.HTTPException, ApiFailure) as error:
+                seen.append(f"{error!r}"[:200])
+        try:
+            return wait_for(answers, "counter.py answers")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; tries {len(seen)}, last {seen[-1:]}; {self.describe()}") from None
+
+    def describe(self):
+        """What is known of a machine that does not do what it should, for the report of a failed test."""
+        inside = "ps -ef; ss -tan; cat /proc/net/dev /proc/interrupts; dmesg | tail -n 5"
+        try:
+            seen = self.exec("sh", "-c", inside, timeout_ms=20_000)["stdout"]
+        except (ApiFailure, OSError) as error:
+            seen = repr(error)
+        console = self.directory / "console.log"
+        tail = console.read_text(errors="replace")[-500:] if console.exists() else "none"
+        journal = subprocess.run(["journalctl", "-u", "torpord", "-n", "8", "--no-pager", "-o", "cat"],
+                                 capture_output=True, text=True, check=False).stdout
+        return f"machine {self.get()}\ninside: {seen}\nconsole: {tail}\ntorpord: {journal}"
 
     def delete(self):
         with contextlib.suppress(ApiFailure):
