@@ -31,7 +31,6 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Write;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
@@ -98,8 +97,6 @@ pub struct Vm {
     restored_from: Option<Arc<ImageFile>>,
     previous_working_set: Vec<Extent>,
     touched: Vec<Extent>,
-    /// Mapped pages that had become the guest's own by the first response byte.
-    written: Vec<Range<u64>>,
     /// Held by the thread that writes an image.
     writing: Arc<Mutex<()>>,
     n_jobs: u64,
@@ -266,7 +263,7 @@ impl Vm {
                 disk_generation,
                 n_vcpus: self.shape.vcpus,
                 vmstate,
-                working_set: self.working_set(generation),
+                working_set: merge_working_set(&self.previous_working_set, &self.touched, generation),
                 host: self.host.clone(),
             },
             cancel: Arc::clone(&cancel),
@@ -326,25 +323,7 @@ impl Vm {
     pub fn first_byte(&mut self) {
         if let Backing::Lazy(lazy) = &self.backing {
             self.touched.extend(lazy.first_byte());
-            // Only a hint for the next wake, which copies these pages ahead of the guest's write to them.
-            self.written = self.ram.own_pages().unwrap_or_default();
         }
-    }
-
-    /// For the next wake.
-    fn working_set(&self, generation: u64) -> Vec<Extent> {
-        let n_pages = self.ram.layout().n_pages();
-        let merged = merge_working_set(&self.previous_working_set, &self.touched, generation);
-        let is_written = |page: u64| {
-            let after = self.written.partition_point(|range| range.end <= page);
-            self.written.get(after).is_some_and(|range| range.contains(&page))
-        };
-        let marked = merged.into_iter().map(|extent| {
-            // A page that was copied in is the guest's own whether it wrote to it or not: the next wake tells.
-            let written = |page| self.ram.is_mapped(page) && is_written(page);
-            extent.with_written(extent.pages(n_pages).any(written))
-        });
-        marked.collect()
     }
 
     /// Write all of guest memory, in order of RAM offsets.

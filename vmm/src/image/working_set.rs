@@ -81,6 +81,25 @@ pub fn merge_working_set(previous: &[Extent], touched: &[Extent], generation: u6
         .collect()
 }
 
+/// The same pages, cut into extents that were written and extents that were not: the next wake copies the former
+/// ahead of the guest's write to them.
+#[must_use]
+pub fn mark_written(extents: &[Extent], n_pages: u64, is_written: impl Fn(u64) -> bool) -> Vec<Extent> {
+    let mut marked = Vec::with_capacity(extents.len());
+    for extent in extents {
+        let pages = extent.pages(n_pages);
+        let mut first = pages.start;
+        while first < pages.end {
+            let written = is_written(first);
+            let end = (first + 1..pages.end).find(|page| is_written(*page) != written);
+            let end = end.unwrap_or(pages.end);
+            marked.extend(Extent::new(first..end).map(|part| part.with_written(written)));
+            first = end;
+        }
+    }
+    marked
+}
+
 /// As on disk.
 #[must_use]
 pub fn encode_working_set(extents: &[Extent]) -> Vec<u8> {
@@ -150,6 +169,15 @@ mod tests {
             set = merge_working_set(&set, &touched, generation);
         }
         assert_eq!(set, touched);
+    }
+
+    #[test]
+    fn marking_cuts_extents_where_written_begins_and_ends() {
+        let extents = [Extent::new(4..8).unwrap(), Extent::new(0..4).unwrap()];
+        let marked = mark_written(&extents, 6, |page| (3..6).contains(&page));
+        let expected = [(4..6, true), (0..3, false), (3..4, true)]
+            .map(|(pages, written)| Extent::new(pages).unwrap().with_written(written));
+        assert_eq!(marked, expected);
     }
 
     #[test]

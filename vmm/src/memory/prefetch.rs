@@ -5,7 +5,8 @@
 //! mapped privately: nothing is copied, clones of one image share them, and they cost no memory of this process
 //! until they are written. Runs of zero pages are zero pages either way.
 //!
-//! Only for a guest that does not run yet: replacing a mapping under a running vCPU would race with its faults.
+//! Only for a guest that does not run yet: replacing a mapping under a running vCPU would race with its faults, and a
+//! guest that runs could give pages back meanwhile. Two threads share the work.
 //! A page that is mapped was checked when it was read into the page cache; an image in use is written by nobody but
 //! the persist of its own machine, which leaves pages alone that the guest did not write.
 
@@ -13,7 +14,6 @@ use super::lazy::{FillError, Kind, LazyMemory, Shared, runs, union};
 use crate::image::Extent;
 use crate::layout::PAGE_SIZE;
 use std::ops::Range;
-use std::sync::PoisonError;
 
 /// Pages read and checked at once.
 const BATCH_PAGES: u64 = 64;
@@ -50,23 +50,20 @@ impl LazyMemory {
         for range in &ranges {
             shared.source.will_need(range.clone());
         }
-        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(BATCH_PAGES).unwrap_or(1)];
-        let mut mapper = Mapper::new(shared);
-        let mut n_filled = 0;
-        for pages in ranges.iter().cloned().flat_map(batches) {
-            let may_map = placement == Placement::Mapped && mapper.n_mappings < MAX_MAPPINGS;
-            n_filled += if may_map && shared.source.file(pages.start).is_some() {
-                mapper.place(pages, &mut buffer)?
-            } else {
-                shared.fill(pages, &mut buffer)?
-            };
-        }
-        mapper.flush()?;
+        let filled = std::thread::scope(|scope| {
+            let (first, second) = halves(&ranges);
+            let helper = scope.spawn(|| shared.prefetch(second, placement));
+            let filled = shared.prefetch(first, placement)?;
+            match helper.join() {
+                Ok(others) => Ok(filled + others?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        });
         if placement == Placement::Mapped {
             let written = extents.iter().filter(|extent| extent.is_written());
             shared.populate(union(written.map(|extent| extent.pages(n_pages)).collect()), true);
         }
-        Ok(n_filled)
+        filled
     }
 
     /// Bring the mapped pages of the extents into this process's page table, for a KVM that can't do so itself.
@@ -78,6 +75,22 @@ impl LazyMemory {
 }
 
 impl Shared {
+    fn prefetch(&self, ranges: &[Range<u64>], placement: Placement) -> Result<u64, FillError> {
+        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(BATCH_PAGES).unwrap_or(1)];
+        let mut mapper = Mapper::new(self);
+        let mut n_filled = 0;
+        for pages in ranges.iter().cloned().flat_map(batches) {
+            let may_map = placement == Placement::Mapped && mapper.n_mappings < MAX_MAPPINGS / 2;
+            n_filled += if may_map && self.source.file(pages.start).is_some() {
+                mapper.place(pages, &mut buffer)?
+            } else {
+                self.fill(pages, &mut buffer)?
+            };
+        }
+        mapper.flush()?;
+        Ok(n_filled)
+    }
+
     /// Best effort: a page that can't be brought now is brought, or refused, when it is touched.
     fn populate(&self, ranges: Vec<Range<u64>>, to_write: bool) {
         for pages in ranges {
@@ -114,7 +127,6 @@ impl<'s> Mapper<'s> {
     /// Check the pages of a batch and map what is not zero; how many pages.
     fn place(&mut self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
         let shared = self.shared;
-        let _no_discard = shared.ram.fill.lock().unwrap_or_else(PoisonError::into_inner);
         let mut n_filled = 0;
         let mut first = pages.start;
         while first < pages.end {
@@ -183,6 +195,17 @@ impl<'s> Mapper<'s> {
             .map_file(pages.clone(), file, offset)
             .map_err(failed)
     }
+}
+
+/// The same ranges in two parts of about as many pages, for two threads.
+fn halves(ranges: &[Range<u64>]) -> (&[Range<u64>], &[Range<u64>]) {
+    let n_pages: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+    let mut before = 0;
+    let middle = ranges.iter().position(|range| {
+        before += range.end - range.start;
+        before * 2 >= n_pages
+    });
+    ranges.split_at(middle.map_or(0, |at| at + 1))
 }
 
 /// Ranges in order with short gaps between them closed.

@@ -207,7 +207,6 @@ impl Prepared {
             restored_from: None,
             previous_working_set: Vec::new(),
             touched: Vec::new(),
-            written: Vec::new(),
             writing: Arc::default(),
             n_jobs: 0,
             persisted: None,

@@ -69,8 +69,13 @@ impl Plan {
     /// Whether a page was present when the plan was made.
     #[must_use]
     pub fn is_present(&self, page: u64) -> bool {
-        let after = self.present.partition_point(|range| range.end <= page);
-        self.present.get(after).is_some_and(|range| range.contains(&page))
+        has(&self.present, page)
+    }
+
+    /// Whether a page is another than in the image, and not zero.
+    #[must_use]
+    pub fn is_changed(&self, page: u64) -> bool {
+        !self.fresh && has(&self.write, page)
     }
 
     fn present_chunk(
@@ -139,6 +144,11 @@ impl Plan {
         }
         Ok(())
     }
+}
+
+fn has(ranges: &[Range<u64>], page: u64) -> bool {
+    let after = ranges.partition_point(|range| range.end <= page);
+    ranges.get(after).is_some_and(|range| range.contains(&page))
 }
 
 struct Buffers {
