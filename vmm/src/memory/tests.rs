@@ -229,7 +229,10 @@ fn a_mapped_working_set_raises_no_fault_and_is_the_files_until_it_is_written() {
     let address = GuestAddress(5001 * PAGE_BYTES);
     guest.memory.write_obj(7u64, address).unwrap();
     assert_eq!(number_at(&guest.memory, 5001), 7);
-    assert_eq!(guest.ram.own_pages().unwrap(), Vec::from([5001..5002]));
+    assert_eq!(
+        guest.ram.own_pages().unwrap(),
+        std::iter::once(5001..5002).collect::<Vec<_>>()
+    );
     let mut kept = [0; 8];
     let file = guest.source.file.as_ref().unwrap();
     file.read_exact_at(&mut kept, 5001 * PAGE_BYTES).unwrap();
@@ -247,7 +250,10 @@ fn pages_that_will_be_written_are_the_guests_own_before_it_runs() {
         Extent::new(104..108).unwrap().with_written(true),
     ];
     guest.lazy.prefetch(&extents, Placement::Mapped).unwrap();
-    assert_eq!(guest.ram.own_pages().unwrap(), Vec::from([104..108]));
+    assert_eq!(
+        guest.ram.own_pages().unwrap(),
+        std::iter::once(104..108).collect::<Vec<_>>()
+    );
     assert_eq!(number_at(&guest.memory, 105), 105);
 }
 
