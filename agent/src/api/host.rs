@@ -4,7 +4,7 @@ use super::error::Failure;
 use crate::machine::fleet::{Fleet, status_counts};
 use axum::Json;
 use axum::extract::State;
-use torpor_api::http::{Endpoints, Health, Template, TemplateList};
+use torpor_api::http::{Endpoints, Health, SshEndpoint, Template, TemplateList};
 
 pub(super) async fn templates(State(fleet): State<Fleet>) -> Json<TemplateList> {
     let templates = fleet.hypervisor().templates().await;
@@ -19,7 +19,14 @@ pub(super) async fn templates(State(fleet): State<Fleet>) -> Json<TemplateList> 
 }
 
 pub(super) async fn endpoints(State(fleet): State<Fleet>) -> Json<Endpoints> {
-    Json(fleet.settings().endpoints.clone())
+    let gateway = fleet.ssh_gateway().ok();
+    Json(Endpoints {
+        ssh: gateway.map(|gateway| SshEndpoint {
+            host: gateway.host,
+            port: gateway.port,
+        }),
+        ..fleet.settings().endpoints.clone()
+    })
 }
 
 pub(super) async fn health(State(fleet): State<Fleet>) -> Result<Json<Health>, Failure> {

@@ -13,6 +13,7 @@ mod instances;
 mod model;
 mod policy;
 mod snapshots;
+mod ssh;
 
 use super::auth::{self, Token};
 use super::error;
@@ -32,17 +33,10 @@ const UNBUILT: &[(&str, &str)] = &[
     ("GET", "/user/secret"),
     ("POST", "/user/secret"),
     ("DELETE", "/user/secret/{name}"),
-    ("GET", "/user/ssh-keys"),
-    ("POST", "/user/ssh-keys"),
-    ("GET", "/user/ssh-keys/{key}"),
-    ("PATCH", "/user/ssh-keys/{key}"),
-    ("DELETE", "/user/ssh-keys/{key}"),
     ("GET", "/user/ssh-key"),
     ("PUT", "/user/ssh-key"),
     ("GET", "/user/usage"),
     ("POST", "/instance/{id}/reboot"),
-    ("GET", "/instance/{id}/ssh/key"),
-    ("POST", "/instance/{id}/ssh/key"),
     ("POST", "/instance/{id}/exec/sse"),
     ("POST", "/snapshot/{id}/boot"),
 ];
@@ -89,6 +83,14 @@ fn routes(fleet: Fleet) -> Router {
         .route("/snapshot/{id}", get(snapshots::show).delete(snapshots::delete))
         .route("/snapshot/{id}/metadata", post(snapshots::set_metadata))
         .route("/snapshot/{id}/ttl", post(snapshots::set_ttl))
+        .route("/instance/{id}/ssh/key", get(ssh::show).post(ssh::rotate))
+        .route("/user/ssh-keys", get(ssh::user_keys).post(ssh::add_user_key))
+        .route(
+            "/user/ssh-keys/{key}",
+            get(ssh::user_key)
+                .patch(ssh::change_user_key)
+                .delete(ssh::remove_user_key),
+        )
         .route("/image", get(images::list));
     unbuilt(router, UNBUILT)
         .fallback(error::no_route)

@@ -18,6 +18,7 @@ mod model;
 mod preview;
 mod readiness;
 mod snapshots;
+mod ssh;
 mod time;
 mod unbuilt;
 
@@ -63,6 +64,7 @@ fn routes(fleet: Fleet) -> Router {
         .route("/v1/machines/{id}/exec", post(exec::run))
         .route("/v1/machines/{id}/snapshots", post(snapshots::create))
         .route("/v1/machines/{id}/fork", post(snapshots::fork))
+        .route("/v1/machines/{id}/ssh-access", post(ssh::grant))
         .route("/v1/snapshots", get(snapshots::list))
         .route(
             "/v1/snapshots/{id}",

@@ -183,7 +183,6 @@ pub(super) const ROUTES: &[(&str, &str)] = &[
     ("DELETE", "/v1/machines/{id}/pty/{sid}"),
     ("GET", "/v1/machines/{id}/pty/{sid}"),
     ("POST", "/v1/machines/{id}/pty/{sid}/resize"),
-    ("POST", "/v1/machines/{id}/ssh-access"),
     ("POST", "/v1/machines/{id}/uploads"),
     ("DELETE", "/v1/machines/{id}/uploads/{upload_id}"),
     ("GET", "/v1/machines/{id}/uploads/{upload_id}"),
