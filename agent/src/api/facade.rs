@@ -2,6 +2,8 @@
 //!
 //! Not its job: the words of any of them.
 
+pub(super) mod text;
+
 use super::error::{Failure, cut};
 use super::request_id::{self, Shape};
 use axum::Router;

@@ -1,17 +1,23 @@
-//! `POST /v1/machines/{id}/exec`: a command, with or without a shell, waited for or not.
+//! `POST /v1/machines/{id}/exec` and processes: commands with or without a shell, waited for or not.
 
 use super::super::error::Failure;
-use super::super::extract::{Json as Body, Named};
+use super::super::extract::{Json as Body, Named, OptionalJson};
 use super::super::validate;
-use crate::machine::fleet::Fleet;
+use super::machines::Nothing;
+use crate::inside::processes::{Command, SIGKILL};
+use crate::machine::fleet::{Fleet, WakeSource};
 use axum::Json;
-use axum::extract::State;
-use serde::Deserialize;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use torpor_api::guest::ProcessEntry;
 use torpor_api::http::ExecRequest;
 
 const DEFAULT_TIMEOUT_SECS: u64 = 30;
+/// How a line comes to a shell.
+const SHELL: [&str; 2] = ["/bin/sh", "-c"];
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -39,26 +45,24 @@ impl Exec {
         let args = self.args.take().unwrap_or_default();
         let command = std::mem::take(&mut self.command);
         let first = if self.shell.unwrap_or(false) {
-            ["/bin/sh", "-c", &command, "sh"].map(str::to_owned).to_vec()
+            let [shell, option] = SHELL;
+            [shell, option, &command, "sh"].map(str::to_owned).to_vec()
         } else {
             vec![command]
         };
         first.into_iter().chain(args).collect()
     }
 
-    fn into_native(mut self) -> Result<ExecRequest, Failure> {
+    pub(super) fn into_native(mut self) -> Result<ExecRequest, Failure> {
         let background = self.background.unwrap_or(false);
-        let timeout_ms = self
-            .timeout_secs
-            .unwrap_or(DEFAULT_TIMEOUT_SECS)
-            .saturating_mul(1000);
+        let seconds = self.timeout_secs.unwrap_or(DEFAULT_TIMEOUT_SECS);
         let request = ExecRequest {
             argv: self.argv(),
             env: self.envs.unwrap_or_default(),
             cwd: self.cwd,
             user: self.user,
             // The SDK sends its time limit with a background command, too, which has none.
-            timeout_ms: (!background).then_some(timeout_ms),
+            timeout_ms: (!background).then_some(seconds.saturating_mul(1000)),
             background,
             ..ExecRequest::default()
         };
@@ -72,14 +76,106 @@ pub(super) async fn run(
     Named(id): Named,
     Body(exec): Body<Exec>,
 ) -> Result<Json<Value>, Failure> {
-    let result = fleet.exec(&id, exec.into_native()?).await?;
-    Ok(Json(match result.exit_code {
-        Some(exit_code) => json!({
-            "pid": result.pid,
-            "exit_code": exit_code,
-            "stdout": result.stdout,
-            "stderr": result.stderr,
-        }),
-        None => json!({ "pid": result.pid }),
+    let request = exec.into_native()?;
+    let inside = fleet.inside(id, WakeSource::Api);
+    if request.background {
+        // Its input stays open: it may be sent some at any time.
+        let command = Command {
+            stdin: true,
+            timeout: None,
+            ..Command::from(request)
+        };
+        let pid = inside.start(command).await?;
+        return Ok(Json(json!({ "pid": pid })));
+    }
+    let result = inside.exec(request).await?;
+    Ok(Json(json!({
+        "pid": result.pid,
+        "exit_code": result.exit_code.unwrap_or(-1),
+        "stdout": result.stdout,
+        "stderr": result.stderr,
+    })))
+}
+
+/// Nothing that the SDK does not know may be in it.
+#[derive(Serialize)]
+pub(super) struct ProcessInfo {
+    pid: u32,
+    command: String,
+    running: bool,
+}
+
+impl From<ProcessEntry> for ProcessInfo {
+    fn from(process: ProcessEntry) -> Self {
+        let command = match process.argv.as_slice() {
+            [shell, option, line, ..] if [shell.as_str(), option.as_str()] == SHELL => line.clone(),
+            argv => argv.join(" "),
+        };
+        Self {
+            pid: process.pid,
+            command,
+            running: process.running,
+        }
+    }
+}
+
+pub(super) async fn processes(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+) -> Result<Json<Vec<ProcessInfo>>, Failure> {
+    let processes = fleet.inside(id, WakeSource::Api).processes().await?;
+    let processes = processes.into_iter().map(ProcessInfo::from);
+    Ok(Json(processes.collect()))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Stdin {
+    data: String,
+}
+
+/// Nothing that the SDK does not know may be in it.
+#[derive(Serialize)]
+pub(super) struct Logs {
+    stdout: String,
+    stderr: String,
+    output: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_code: Option<i32>,
+}
+
+pub(super) async fn logs(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Path((_, pid)): Path<(String, u32)>,
+) -> Result<Json<Logs>, Failure> {
+    let logs = fleet.inside(id, WakeSource::Api).logs(pid, 0).await?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(Json(Logs {
+        stdout: text(&logs.stdout),
+        stderr: text(&logs.stderr),
+        output: text(&logs.output),
+        exit_code: logs.exit_code,
     }))
+}
+
+pub(super) async fn send_stdin(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Path((_, pid)): Path<(String, u32)>,
+    Body(stdin): Body<Stdin>,
+) -> Result<StatusCode, Failure> {
+    let inside = fleet.inside(id, WakeSource::Api);
+    inside.write_stdin(pid, stdin.data.as_bytes(), false).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn kill(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Path((_, pid)): Path<(String, u32)>,
+    OptionalJson(Nothing {}): OptionalJson<Nothing>,
+) -> Result<StatusCode, Failure> {
+    fleet.inside(id, WakeSource::Api).kill(pid, SIGKILL).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
