@@ -33,8 +33,9 @@ pub use transition::{LeaseChange, Transition};
 use rusqlite::{Connection, OpenFlags, Transaction, TransactionBehavior};
 use rusqlite_migration::{M, Migrations};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use torpor_api::{ErrorCode, MachineId};
 
 const QUEUE_LEN: usize = 256;
@@ -177,6 +178,8 @@ type Job = Box<dyn FnOnce(&mut Connection) + Send>;
 pub struct Store {
     writer: mpsc::Sender<Job>,
     reader: mpsc::Sender<Job>,
+    /// Number of transactions so far.
+    written: Arc<watch::Sender<u64>>,
 }
 
 impl Store {
@@ -202,6 +205,7 @@ impl Store {
         Ok(Self {
             writer: serve("store-write", writer).map_err(|error| failed(error.into()))?,
             reader: serve("store-read", reader).map_err(|error| failed(error.into()))?,
+            written: Arc::default(),
         })
     }
 
@@ -211,15 +215,23 @@ impl Store {
         operation: &'static str,
         work: impl FnOnce(&Transaction<'_>) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
+        let written = Arc::clone(&self.written);
         submit(&self.writer, move |connection| {
             let transaction = connection
                 .transaction_with_behavior(TransactionBehavior::Immediate)
                 .map_err(sql(operation))?;
             let value = work(&transaction)?;
             transaction.commit().map_err(sql(operation))?;
+            written.send_modify(|n| *n += 1);
             Ok(value)
         })
         .await
+    }
+
+    /// Tells whenever there may be new events: after every transaction.
+    #[must_use]
+    pub fn event_changes(&self) -> watch::Receiver<u64> {
+        self.written.subscribe()
     }
 
     /// Read from one snapshot of the database.

@@ -112,6 +112,10 @@ error_codes! {
     SshKeyNotFound = "ssh_key_not_found", 404, false, "List the registered keys with GET /v1/ssh-keys.";
     /// torpord has no SSH gateway.
     SshDisabled = "ssh_disabled", 409, false, "Give the SSH gateway an address in torpord's configuration, as ssh.listen.";
+    /// No upload has this ID, or torpord was restarted since.
+    UploadNotFound = "upload_not_found", 404, false, "Begin the upload anew.";
+    /// An upload's part or whole is not what was announced, or its target does not take it.
+    UploadFailed = "file_upload_error", 409, false, "Correct what the message names, and send that part or begin the upload anew.";
     /// Known operation, not built yet.
     NotImplemented = "not_implemented", 501, false, "See the release notes for what this version can do.";
     /// A defect of Torpor.

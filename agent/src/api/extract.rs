@@ -16,6 +16,9 @@ const MOST_DISCARDED: usize = 16 << 20;
 /// A JSON object. A missing body is an error.
 pub(super) struct Json<T>(pub(super) T);
 
+/// A JSON object that holds a file's content.
+pub(super) struct LargeJson<T>(pub(super) T);
+
 /// A JSON object, or nothing at all.
 pub(super) struct OptionalJson<T>(pub(super) T);
 
@@ -32,6 +35,13 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
     type Rejection = Failure;
     async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
         parse(&read(request).await?).map(Self)
+    }
+}
+
+impl<S: Sync, T: DeserializeOwned> FromRequest<S> for LargeJson<T> {
+    type Rejection = Failure;
+    async fn from_request(request: Request, _: &S) -> Result<Self, Failure> {
+        parse(&read_up_to(request, MOST_DISCARDED).await?).map(Self)
     }
 }
 
@@ -80,6 +90,10 @@ impl FromRequestParts<Fleet> for Named {
 }
 
 async fn read(request: Request) -> Result<Bytes, Failure> {
+    read_up_to(request, limits::MAX_JSON_BODY).await
+}
+
+async fn read_up_to(request: Request, most_bytes: usize) -> Result<Bytes, Failure> {
     let content_type = request.headers().get(header::CONTENT_TYPE);
     let is_json = content_type.is_none_or(|value| {
         let essence = value
@@ -90,9 +104,9 @@ async fn read(request: Request) -> Result<Bytes, Failure> {
         essence.trim_ascii().eq_ignore_ascii_case(b"application/json")
     });
     let body = Limited::new(request.into_body(), MOST_DISCARDED).collect().await;
-    let body = body.map_err(|_| too_large())?.to_bytes();
-    if body.len() > limits::MAX_JSON_BODY {
-        return Err(too_large());
+    let body = body.map_err(|_| too_large(most_bytes))?.to_bytes();
+    if body.len() > most_bytes {
+        return Err(too_large(most_bytes));
     }
     if !is_json && !body.is_empty() {
         return Err(Failure::invalid(
@@ -102,10 +116,10 @@ async fn read(request: Request) -> Result<Bytes, Failure> {
     Ok(body)
 }
 
-fn too_large() -> Failure {
+fn too_large(most_bytes: usize) -> Failure {
     Failure::new(
         ErrorCode::BodyTooLarge,
-        format!("the body is larger than {} bytes", limits::MAX_JSON_BODY),
+        format!("the body is larger than {most_bytes} bytes"),
     )
 }
 

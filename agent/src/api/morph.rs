@@ -37,7 +37,6 @@ const UNBUILT: &[(&str, &str)] = &[
     ("PUT", "/user/ssh-key"),
     ("GET", "/user/usage"),
     ("POST", "/instance/{id}/reboot"),
-    ("POST", "/instance/{id}/exec/sse"),
     ("POST", "/snapshot/{id}/boot"),
 ];
 
@@ -76,6 +75,7 @@ fn routes(fleet: Fleet) -> Router {
         .route("/instance/{id}/http", post(policy::expose))
         .route("/instance/{id}/http/{name}", delete(policy::hide))
         .route("/instance/{id}/exec", post(exec::run))
+        .route("/instance/{id}/exec/sse", post(exec::stream))
         .route("/instance/{id}/snapshot", post(snapshots::of_instance))
         .route("/instance/{id}/branch", post(snapshots::branch))
         .route("/snapshot", get(snapshots::list).post(snapshots::create))

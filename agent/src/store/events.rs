@@ -77,6 +77,34 @@ impl Store {
         self.write("append an event", move |tx| insert(tx, &event)).await
     }
 
+    /// The newest events, of one machine if given, in order.
+    ///
+    /// # Errors
+    /// SQLite refuses, or a row cannot be decoded.
+    pub async fn latest_events(
+        &self,
+        machine: Option<MachineId>,
+        limit: u32,
+    ) -> Result<Vec<Event>, StoreError> {
+        self.read("read the newest events", move |tx| {
+            let operation = sql("read the newest events");
+            let text = match &machine {
+                Some(_) => "SELECT * FROM events WHERE machine_id = ?2 ORDER BY offset DESC LIMIT ?1",
+                None => "SELECT * FROM events WHERE ?2 IS NULL ORDER BY offset DESC LIMIT ?1",
+            };
+            let mut statement = tx.prepare_cached(text).map_err(&operation)?;
+            let machine = machine.as_ref().map(MachineId::as_str);
+            let mut rows = statement.query(params![limit, machine]).map_err(&operation)?;
+            let mut events = Vec::new();
+            while let Some(row) = rows.next().map_err(&operation)? {
+                events.push(decode(row)?);
+            }
+            events.reverse();
+            Ok(events)
+        })
+        .await
+    }
+
     /// Events in order.
     ///
     /// # Errors

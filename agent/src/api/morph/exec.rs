@@ -56,10 +56,7 @@ pub(super) async fn run(
     Named(id): Named,
     Body(exec): Body<Exec>,
 ) -> Result<Json<Done>, Failure> {
-    let result = fleet
-        .inside(id, WakeSource::Api)
-        .exec(request(exec)?)
-        .await?;
+    let result = fleet.inside(id, WakeSource::Api).exec(request(exec)?).await?;
     Ok(Json(Done {
         exit_code: result.exit_code.unwrap_or(-1),
         stdout: result.stdout,

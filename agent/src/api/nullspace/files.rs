@@ -4,7 +4,7 @@
 //! bounded like every body.
 
 use super::super::error::Failure;
-use super::super::extract::{Json as Body, Named, Query};
+use super::super::extract::{Json as Body, LargeJson, Named, Query};
 use super::time::iso;
 use crate::inside::Inside;
 use crate::inside::files::WriteOptions;
@@ -106,7 +106,10 @@ pub(super) struct FileInfo {
 
 fn permissions(mode: u32) -> String {
     let bit = |shift: u32, letter: char| if mode >> shift & 1 == 1 { letter } else { '-' };
-    (0..9).rev().map(|shift| bit(shift, ['x', 'w', 'r'][(shift % 3) as usize])).collect()
+    (0..9)
+        .rev()
+        .map(|shift| bit(shift, ['x', 'w', 'r'][(shift % 3) as usize]))
+        .collect()
 }
 
 impl From<FileEntry> for FileInfo {
@@ -159,7 +162,8 @@ pub(super) async fn read(
     while let Some(chunk) = download.next().await? {
         bytes.extend_from_slice(&chunk);
         if bytes.len() as u64 > MOST_READ_BYTES {
-            let message = format!("{path} is larger than {MOST_READ_BYTES} bytes; read it as bytes or as a stream");
+            let message =
+                format!("{path} is larger than {MOST_READ_BYTES} bytes; read it as bytes or as a stream");
             return Err(Failure::new(ErrorCode::BodyTooLarge, message));
         }
     }
@@ -169,13 +173,15 @@ pub(super) async fn read(
         Encoding::Base64 => STANDARD.encode(&bytes),
         Encoding::Utf8 => String::from_utf8_lossy(&bytes).into_owned(),
     };
-    Ok(Json(json!({ "content": content, "encoding": encoding, "size": size })))
+    Ok(Json(
+        json!({ "content": content, "encoding": encoding, "size": size }),
+    ))
 }
 
 pub(super) async fn write(
     State(fleet): State<Fleet>,
     Named(id): Named,
-    Body(body): Body<Write>,
+    LargeJson(body): LargeJson<Write>,
 ) -> Result<Json<FileInfo>, Failure> {
     let bytes = match body.encoding.unwrap_or_default() {
         Encoding::Utf8 => body.content.into_bytes(),

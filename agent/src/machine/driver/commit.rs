@@ -37,7 +37,11 @@ impl Driver {
         let detail = match &failure {
             Some(error) => json!({ "code": error.code, "message": error.message }),
             None => {
-                json!({ "cause": self.wake.cause, "stages": self.report.as_ref().map(|report| report.to_json()) })
+                json!({
+                    "cause": self.wake.cause,
+                    "stages": self.report.as_ref().map(|report| report.to_json()),
+                    "previous_execution_id": self.row.last_execution,
+                })
             }
         };
         transition.last_error = failure.map(|error| self.last_error(&error));

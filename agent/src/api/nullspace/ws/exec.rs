@@ -90,7 +90,8 @@ impl Commands {
             Err(error) => self.say(failed(&id, &error)).await,
             Ok(session) => {
                 let pid = session.pid;
-                self.say(json!({ "type": "exec_started", "id": id, "pid": pid })).await;
+                self.say(json!({ "type": "exec_started", "id": id, "pid": pid }))
+                    .await;
                 self.inputs.insert(id.clone(), session.input);
                 tokio::spawn(follow(id, pid, session.events, self.outbox.clone()));
             }
@@ -107,8 +108,11 @@ impl Commands {
 /// that is waited for from one that is left alone, so there is none.
 async fn start(inside: &Inside, exec: Map<String, Value>) -> Result<Session, MachineError> {
     let invalid = |message: String| MachineError::new(ErrorCode::InvalidRequest, message);
-    let exec: Exec = serde_json::from_value(Value::Object(exec)).map_err(|error| invalid(error.to_string()))?;
-    let request = exec.into_native().map_err(|failure| invalid(failure.into_api_error().error))?;
+    let exec: Exec =
+        serde_json::from_value(Value::Object(exec)).map_err(|error| invalid(error.to_string()))?;
+    let request = exec
+        .into_native()
+        .map_err(|failure| invalid(failure.into_api_error().error))?;
     let command = Command {
         stdin: true,
         timeout: None,

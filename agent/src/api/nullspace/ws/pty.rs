@@ -159,7 +159,8 @@ async fn start(
     cwd: Option<String>,
     mut env: BTreeMap<String, String>,
 ) -> Result<Session, MachineError> {
-    env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
+    env.entry("TERM".to_owned())
+        .or_insert_with(|| "xterm-256color".to_owned());
     let request = ExecRequest {
         shell: Some(LOGIN_SHELL.to_owned()),
         env,
