@@ -42,7 +42,7 @@ enum Frame {
     Connect {
         id: String,
         session_id: Option<String>,
-        pid: Option<u32>,
+        pid: Option<Which>,
     },
     #[serde(rename = "pty_input")]
     Input {
@@ -53,6 +53,14 @@ enum Frame {
     Resize { cols: u16, rows: u16 },
     #[serde(rename = "pty_kill")]
     Kill {},
+}
+
+/// The SDK takes whatever it is given for a PID.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Which {
+    Pid(u32),
+    Session(String),
 }
 
 /// The one terminal that a connection has at a time.
@@ -197,14 +205,14 @@ async fn find(inside: &Inside, name: &str) -> Result<(ProcessEntry, WindowSize),
 async fn connect(
     inside: &Inside,
     name: Option<String>,
-    pid: Option<u32>,
+    pid: Option<Which>,
 ) -> Result<(Session, WindowSize), MachineError> {
     let (pid, size) = match (name, pid) {
-        (Some(name), _) => {
+        (Some(name), _) | (None, Some(Which::Session(name))) => {
             let (process, size) = find(inside, &name).await?;
             (process.pid, size)
         }
-        (None, Some(pid)) => {
+        (None, Some(Which::Pid(pid))) => {
             let process = inside.process(pid).await?;
             (pid, process.tty.ok_or_else(|| no_terminal(pid))?)
         }
