@@ -36,8 +36,6 @@ const UNBUILT: &[(&str, &str)] = &[
     ("GET", "/user/ssh-key"),
     ("PUT", "/user/ssh-key"),
     ("GET", "/user/usage"),
-    ("POST", "/instance/{id}/reboot"),
-    ("POST", "/snapshot/{id}/boot"),
 ];
 
 /// The API behind a bearer token.
@@ -69,6 +67,8 @@ fn routes(fleet: Fleet) -> Router {
         .route("/instance/{id}", get(instances::show).delete(instances::stop))
         .route("/instance/{id}/pause", post(instances::pause))
         .route("/instance/{id}/resume", post(instances::resume))
+        .route("/instance/{id}/reboot", post(instances::reboot))
+        .route("/snapshot/{id}/boot", post(instances::boot))
         .route("/instance/{id}/ttl", post(policy::set_ttl))
         .route("/instance/{id}/wake-on", post(policy::set_wake_on))
         .route("/instance/{id}/metadata", post(policy::set_metadata))

@@ -21,6 +21,13 @@ fn within<T: PartialOrd + Display>(field: &str, value: T, range: &RangeInclusive
     )))
 }
 
+pub(super) fn shape(vcpus: Option<u8>, mem_mib: Option<u32>) -> Result<(), Failure> {
+    if let Some(vcpus) = vcpus {
+        within("vcpus", vcpus, &limits::VCPUS)?;
+    }
+    mem_mib.map_or(Ok(()), |mem_mib| within("mem_mib", mem_mib, &limits::MEM_MIB))
+}
+
 pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
     within("vcpus", body.vcpus, &limits::VCPUS)?;
     within("mem_mib", body.mem_mib, &limits::MEM_MIB)?;

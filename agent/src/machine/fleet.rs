@@ -9,6 +9,7 @@ mod fork;
 mod grants;
 mod policy;
 mod presence;
+mod reboot;
 mod snapshots;
 mod turns;
 mod view;
@@ -18,6 +19,7 @@ pub use create::CreateOrder;
 pub use fork::{ForkOrder, TemplateSnapshotOrder};
 pub use policy::{PolicyRule, check_lease_and_wake};
 pub use presence::Presence;
+pub use reboot::Reshape;
 pub use snapshots::SnapshotOrder;
 pub use view::{MachineQuery, status_counts};
 

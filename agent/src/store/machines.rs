@@ -3,11 +3,12 @@
 use super::events::{self, NewEvent};
 use super::rows::{self, MachineRow, lease_action_text, lease_mode_text, parse};
 use super::{Store, StoreError, services, sql};
+use crate::machine::fleet::Reshape;
 use crate::machine::hypervisor::MachineSpec;
 use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::BTreeMap;
 use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
-use torpor_api::{LeasePolicy, MachineId, MachineName, SnapshotId, ids::spellings};
+use torpor_api::{ErrorCode, LeasePolicy, MachineId, MachineName, SnapshotId, ids::spellings};
 
 /// A machine about to be created.
 #[derive(Debug, Clone)]
@@ -176,6 +177,31 @@ impl Store {
             );
             let wanted = serde_json::json!(filter.metadata).to_string();
             collect(tx, &query, params![after_seq, limit, filter.template, wanted])
+        })
+        .await
+    }
+
+    /// Change the shape of a machine that sleeps or is off: its next boot has the new one.
+    ///
+    /// # Errors
+    /// The machine is gone or awake, or SQLite refuses.
+    pub async fn reshape(&self, id: MachineId, change: Reshape, event: NewEvent) -> Result<(), StoreError> {
+        self.write("reshape a machine", move |tx| {
+            let changed = tx
+                .execute(
+                    "UPDATE machines SET vcpus = coalesce(?2, vcpus), mem_mib = coalesce(?3, mem_mib) \
+                     WHERE id = ?1 AND state IN ('paused', 'refused', 'stopped')",
+                    params![id.as_str(), change.vcpus, change.mem_mib],
+                )
+                .map_err(sql("reshape a machine"))?;
+            if changed == 0 {
+                existing(tx, &id)?;
+                return Err(StoreError::Refused {
+                    code: ErrorCode::TransitionInProgress,
+                    reason: format!("machine {id} woke up meanwhile"),
+                });
+            }
+            events::insert(tx, &event)
         })
         .await
     }

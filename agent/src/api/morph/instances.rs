@@ -8,16 +8,16 @@ use super::images;
 use super::model::Instance;
 use super::policy::{Ttl, TtlAction};
 use crate::machine::driver::PauseOrder;
-use crate::machine::fleet::{CreateOrder, Fleet, MachineQuery};
+use crate::machine::fleet::{CreateOrder, Fleet, MachineQuery, PolicyRule, Reshape};
 use crate::store::MachineFilter;
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use torpor_api::http::{CreateMachine, Machine, MachineStatus, ResumeFrom, WakePolicy};
-use torpor_api::{ErrorCode, ids};
+use torpor_api::{ErrorCode, MachineId, ids};
 
 /// A whole list is read in pages of this size.
 const PAGE: u32 = 1000;
@@ -204,6 +204,100 @@ pub(super) async fn start(
     })
     .await?;
     Ok((StatusCode::CREATED, Json(machine.into())))
+}
+
+/// Body of a reboot, and of a boot of a snapshot: only what is given changes.
+#[derive(Deserialize, Default)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct Reboot {
+    vcpus: Option<u8>,
+    memory: Option<u32>,
+    disk_size: Option<u32>,
+    metadata: Option<BTreeMap<String, String>>,
+    ttl_seconds: Option<u64>,
+    ttl_action: Option<TtlAction>,
+}
+
+impl Reboot {
+    /// What differs from the shape there is.
+    fn reshape(&self, now: &Machine) -> Result<Reshape, Failure> {
+        if self.disk_size.is_some_and(|disk_size| disk_size > now.disk_mib) {
+            let message = "a disk that grows is not implemented";
+            return Err(Failure::new(ErrorCode::NotImplemented, message));
+        }
+        validate::shape(self.vcpus, self.memory)?;
+        Ok(Reshape {
+            vcpus: self.vcpus.filter(|vcpus| *vcpus != now.vcpus),
+            mem_mib: self.memory.filter(|memory| *memory != now.mem_mib),
+        })
+    }
+
+    async fn set_policies(&self, fleet: &Fleet, id: &MachineId) -> Result<(), Failure> {
+        if let Some(metadata) = &self.metadata {
+            validate::metadata(metadata)?;
+            fleet.set_metadata(id, metadata.clone()).await?;
+        }
+        if self.ttl_seconds.is_some() {
+            let ttl = Ttl::new(self.ttl_seconds, self.ttl_action);
+            fleet.set_lease(id, ttl.lease(None)?, PolicyRule::Any).await?;
+        }
+        Ok(())
+    }
+}
+
+pub(super) async fn reboot(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    OptionalJson(body): OptionalJson<Reboot>,
+) -> Result<Json<Instance>, Failure> {
+    let machine = to_the_end(async move {
+        let change = body.reshape(&fleet.view(&id).await?)?;
+        fleet.reboot(&id, change).await?;
+        body.set_policies(&fleet, &id).await?;
+        Ok(fleet.view(&id).await?)
+    })
+    .await?;
+    Ok(Json(machine.into()))
+}
+
+/// A new instance that goes on from a snapshot, or, with another shape, boots from its disk.
+pub(super) async fn boot(
+    State(fleet): State<Fleet>,
+    Path(snapshot): Path<String>,
+    OptionalJson(body): OptionalJson<Reboot>,
+) -> Result<(StatusCode, Json<Instance>), Failure> {
+    let ttl = Ttl::new(body.ttl_seconds, body.ttl_action);
+    let create = CreateMachine {
+        lease: ttl.lease(None)?,
+        wake: Some(WakePolicy::OFF),
+        metadata: body.metadata.clone().unwrap_or_default(),
+        ..source_of(&fleet, &snapshot).await?
+    };
+    validate::create(&create)?;
+    let machine = to_the_end(async move {
+        let order = CreateOrder {
+            body: create,
+            idempotency: None,
+        };
+        let id = fleet.create(order).await?;
+        match reshaped(&fleet, &id, &body).await {
+            Ok(machine) => Ok(machine),
+            Err(failure) => {
+                fleet.delete(&id, PauseOrder::by("api")).await?;
+                Err(failure)
+            }
+        }
+    })
+    .await?;
+    Ok((StatusCode::CREATED, Json(machine.into())))
+}
+
+async fn reshaped(fleet: &Fleet, id: &MachineId, body: &Reboot) -> Result<Machine, Failure> {
+    let change = body.reshape(&fleet.view(id).await?)?;
+    if change != Reshape::default() {
+        fleet.reboot(id, change).await?;
+    }
+    Ok(fleet.view(id).await?)
 }
 
 pub(super) async fn show(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Instance>, Failure> {

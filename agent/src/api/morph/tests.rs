@@ -346,3 +346,51 @@ async fn snapshots_are_made_found_by_digest_and_gone_on_from() {
         StatusCode::NOT_FOUND
     );
 }
+
+#[tokio::test]
+async fn a_reboot_gives_up_the_memory_and_may_change_the_shape() {
+    let world = World::new();
+    let router = served(&world);
+    let instance = started(&router, nothing_said()).await;
+    let path = format!("/instance/{}", instance["id"].as_str().unwrap());
+    let boots = world.host.n_boots();
+    let same = call(&router, "POST", &format!("{path}/reboot"), Value::Null).await;
+    assert_eq!(
+        (same.status, &same.body["status"]),
+        (StatusCode::OK, &json!("ready")),
+        "{}",
+        same.body
+    );
+    assert_eq!(
+        (world.host.n_boots(), &same.body["id"]),
+        (boots + 1, &instance["id"])
+    );
+    let body = json!({ "vcpus": 2, "memory": 1024, "metadata": { "a": "b" } });
+    let larger = call(&router, "POST", &format!("{path}/reboot"), body).await.body;
+    assert_eq!(
+        larger["spec"],
+        json!({ "vcpus": 2, "memory": 1024, "disk_size": instance["spec"]["disk_size"] })
+    );
+    assert_eq!(
+        (&larger["metadata"], &larger["status"]),
+        (&json!({ "a": "b" }), &json!("ready"))
+    );
+    let refused = call(&router, "POST", &format!("{path}/reboot"), json!({ "vcpus": 99 })).await;
+    assert_eq!(refused.status, StatusCode::BAD_REQUEST);
+    let snapshot = call(&router, "POST", &format!("{path}/snapshot"), json!({}))
+        .await
+        .body;
+    let boot = format!("/snapshot/{}/boot", snapshot["id"].as_str().unwrap());
+    let booted = call(
+        &router,
+        "POST",
+        &boot,
+        json!({ "memory": 256, "ttl_seconds": 60 }),
+    )
+    .await;
+    assert_eq!(booted.status, StatusCode::CREATED, "{}", booted.body);
+    assert_eq!(
+        (&booted.body["spec"]["memory"], &booted.body["ttl"]["ttl_seconds"]),
+        (&json!(256), &json!(60))
+    );
+}

@@ -58,6 +58,15 @@ impl Driver {
         }
     }
 
+    /// The shape may have been changed while the machine was asleep or off, which no transition tells.
+    async fn take_up_shape(&mut self) {
+        match self.shared.store.machine(&self.id).await {
+            Ok(Some(row)) => self.row.spec = row.spec,
+            Ok(None) => {}
+            Err(error) => tracing::error!(machine_id = %self.id, %error, "shape not read before a boot"),
+        }
+    }
+
     fn up_order(&self) -> UpOrder {
         UpOrder {
             spec: self.row.spec.clone(),
@@ -80,6 +89,7 @@ impl Driver {
             self.commit_before_boot(event).await;
         }
         self.lose_lines();
+        self.take_up_shape().await;
         let mut order = self.up_order();
         if self.row.committed == Committed::Creating {
             order.first = std::mem::take(&mut self.first);
