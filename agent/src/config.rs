@@ -57,6 +57,8 @@ pub struct Config {
     pub api: ApiConfig,
     /// The proxy's listeners.
     pub proxy: ProxySection,
+    /// The SSH gateway.
+    pub ssh: SshSection,
     /// Bounds.
     pub limits: LimitsConfig,
     /// How machines begin.
@@ -119,6 +121,15 @@ impl Default for TemplatesConfig {
     }
 }
 
+/// `[ssh]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SshSection {
+    /// Address of the gateway; `""` for none.
+    #[serde(deserialize_with = "optional_address")]
+    pub listen: Option<SocketAddr>,
+}
+
 /// `[limits]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -151,6 +162,7 @@ impl Default for Config {
             vmm_path: "/usr/libexec/torpor/torpor-vmm".into(),
             api: ApiConfig::default(),
             proxy: ProxySection::default(),
+            ssh: SshSection::default(),
             limits: LimitsConfig::default(),
             templates: TemplatesConfig::default(),
         }
@@ -175,6 +187,14 @@ impl Default for ProxySection {
             listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             http_listen: None,
             domain: "localhost".to_owned(),
+        }
+    }
+}
+
+impl Default for SshSection {
+    fn default() -> Self {
+        Self {
+            listen: Some(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 2222)),
         }
     }
 }
@@ -270,7 +290,7 @@ impl Config {
     }
 
     fn endpoints(&self) -> Endpoints {
-        let url = |address: SocketAddr| format!("http://{}:{}", host(address.ip()), address.port());
+        let url = |address: SocketAddr| format!("http://{}:{}", host_of(address.ip()), address.port());
         Endpoints {
             native: self.api.tcp_listen.map(url),
             morph: self.api.morph_listen.map(url),
@@ -288,7 +308,7 @@ impl Config {
             wake_timeout: Duration::from_secs(self.limits.wake_timeout_s),
             drain_grace: Duration::from_millis(self.limits.drain_grace_ms),
             max_running_mem_mib: self.limits.max_running_mem_mib.unwrap_or_else(host_mib),
-            service_host: host(self.proxy.listen_ip),
+            service_host: host_of(self.proxy.listen_ip),
             warm_templates: self.templates.warm,
             endpoints: self.endpoints(),
         }
@@ -296,7 +316,8 @@ impl Config {
 }
 
 /// What clients on this host write into a URL.
-fn host(listen_ip: IpAddr) -> String {
+#[must_use]
+pub fn host_of(listen_ip: IpAddr) -> String {
     match listen_ip {
         address if address.is_unspecified() => "127.0.0.1".to_owned(),
         IpAddr::V4(address) => address.to_string(),

@@ -7,6 +7,7 @@
 //!
 //! Not its job: HTTP, SSH, what a pause means. The native API, the façades and the SSH gateway are built on this.
 
+pub mod connect;
 pub mod files;
 pub mod processes;
 pub mod session;
@@ -98,4 +99,4 @@ fn code_of(about: About, code: GuestErrorCode) -> ErrorCode {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -15,14 +15,16 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use torpor_agent::api::{self, Token};
-use torpor_agent::config::Config;
+use torpor_agent::config::{Config, host_of};
 use torpor_agent::execution::Platform;
 use torpor_agent::machine::clock::SystemClock;
 use torpor_agent::machine::fleet::Fleet;
 use torpor_agent::machine::{leases, retention};
+use torpor_agent::ssh;
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
 use torpor_proxy::{Proxy, ProxyConfig};
+use torpor_ssh::Gateway;
 
 /// How long requests in flight may take to end after a signal.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -117,6 +119,7 @@ async fn run(config: &Config) -> Result<()> {
     tokio::spawn(retention::run(fleet.clone()));
 
     let ended = CancellationToken::new();
+    let gateway = start_ssh(config, &fleet, token.clone()).await?;
     serve(config, &fleet, token, &ended).await?;
     tracing::info!(state_dir = %config.state_dir.display(), "ready");
     // Outside systemd there is nobody to tell.
@@ -127,7 +130,12 @@ async fn run(config: &Config) -> Result<()> {
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     ended.cancel();
-    proxy.shutdown(SHUTDOWN_GRACE).await;
+    let leave = async {
+        if let Some(gateway) = &gateway {
+            gateway.shutdown(SHUTDOWN_GRACE).await;
+        }
+    };
+    tokio::join!(proxy.shutdown(SHUTDOWN_GRACE), leave);
     fleet.halt().await;
     // What was counted last.
     let _ = counting.await;
@@ -157,6 +165,16 @@ fn start_proxy(config: &Config, fleet: &Fleet) -> Result<Arc<Proxy>> {
         proxy.serve_host_names(address, &config.proxy.domain)?;
     }
     Ok(proxy)
+}
+
+async fn start_ssh(config: &Config, fleet: &Fleet, token: Option<Token>) -> Result<Option<Gateway>> {
+    let Some(listen) = config.ssh.listen else {
+        return Ok(None);
+    };
+    let host = host_of(listen.ip());
+    Ok(Some(
+        ssh::start(fleet, listen, host, &config.state_dir, token).await?,
+    ))
 }
 
 async fn serve(

@@ -6,6 +6,7 @@
 //! Not its job: the protocol (`torpor-ssh`), what a login may wake (the fleet).
 
 mod backend;
+mod guest;
 
 pub use backend::FleetBackend;
 
@@ -22,7 +23,7 @@ use torpor_api::http::{
 use torpor_api::{AccessId, ErrorCode, MachineId, SshKeyId};
 use torpor_ssh::{
     Authority, CertificateError, CertificateOrder, Gateway, GatewayConfig, GatewayError, KeyError, KeyPair,
-    PublicKeyText, load_or_create_key,
+    PublicKeyText, Refusal, load_or_create_key,
 };
 
 /// Most SSH clients at a time.
@@ -287,6 +288,10 @@ fn bad_key(error: &KeyError) -> MachineError {
     ))
 }
 
+fn refusal(error: MachineError) -> Refusal {
+    Refusal::new(error.code, error.message)
+}
+
 fn invalid(message: String) -> MachineError {
     MachineError::new(ErrorCode::InvalidRequest, message)
 }
@@ -302,3 +307,6 @@ fn no_key(text: &str) -> MachineError {
         format!("no registered SSH key {text:?}"),
     )
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,6 +12,7 @@
 //! | file list | – | `Entries`*, then `Response` |
 //! | file read | – | `Data`*, then `Response` |
 //! | file write | `Data`*, `DataEof` | `Response` |
+//! | forward | `Data`*, `DataEof` | an empty `Data` when connected, then `Data`*, `DataEof` |
 //! | all others | – | `Response` |
 
 mod file;
@@ -176,6 +177,13 @@ pub enum GuestRequest {
     },
     /// End the hold. Only from inside the guest.
     Release,
+    /// Connect to a TCP port as a process of the guest would, and carry the bytes.
+    Forward {
+        /// Address, seen from the guest.
+        address: std::net::IpAddr,
+        /// Port.
+        port: u16,
+    },
     /// Read a file from an offset.
     FileRead {
         /// Absolute path.

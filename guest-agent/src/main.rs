@@ -14,6 +14,7 @@ mod config;
 mod errors;
 mod exec;
 mod files;
+mod forward;
 mod front;
 mod hold;
 mod init;

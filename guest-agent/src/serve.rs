@@ -7,7 +7,7 @@ use crate::errors::{Failed, os};
 use crate::exec::Execs;
 use crate::hold::Holds;
 use crate::shutdown::{Ending, Shutdown};
-use crate::{files, mounts, resync, threads, usage, wire};
+use crate::{files, forward, mounts, resync, threads, usage, wire};
 use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -119,6 +119,7 @@ impl Server {
             | GuestRequest::Attach(_)
             | GuestRequest::Tell { .. }
             | GuestRequest::Quiesce
+            | GuestRequest::Forward { .. }
             | GuestRequest::FileRead { .. }
             | GuestRequest::FileWrite { .. }
             | GuestRequest::FileList { .. }
@@ -166,6 +167,7 @@ impl Worker {
             GuestRequest::Exec(spec) => return self.server.execs.serve(socket, &spec),
             GuestRequest::Attach(spec) => return self.server.execs.attach(socket, spec),
             GuestRequest::Tell { pid, what } => return self.server.execs.tell(socket, pid, what),
+            GuestRequest::Forward { address, port } => return forward::serve(socket, address, port),
             _ => {}
         }
         let result = run_slow(&mut socket, request);
@@ -221,6 +223,7 @@ fn run_slow(socket: &mut UnixStream, request: GuestRequest) -> Result<GuestRespo
         | GuestRequest::Exec(_)
         | GuestRequest::Attach(_)
         | GuestRequest::Tell { .. }
+        | GuestRequest::Forward { .. }
         | GuestRequest::Processes
         | GuestRequest::HoldState
         | GuestRequest::Hold { .. }

@@ -23,6 +23,15 @@ impl GuestClient {
         self.open("attach", &GuestRequest::Attach(spec)).await
     }
 
+    /// Connect to a TCP port inside the guest; the first frame says whether that worked.
+    ///
+    /// # Errors
+    /// See [`GuestClientError`]; the agent's own refusal is the first frame.
+    pub async fn forward(&self, address: std::net::IpAddr, port: u16) -> Result<Channel, GuestClientError> {
+        self.open("forward", &GuestRequest::Forward { address, port })
+            .await
+    }
+
     /// The processes that execs started: those that run, and the last ones that ended.
     ///
     /// # Errors

@@ -45,6 +45,8 @@ pub struct Command {
     pub tty: Option<WindowSize>,
     /// Kill the group after so long; never if not given.
     pub timeout: Option<Duration>,
+    /// That somebody waits for it is no activity, as it is not with a terminal.
+    pub idle: bool,
 }
 
 impl Command {

@@ -116,7 +116,7 @@ impl Inside {
     /// # Errors
     /// The wake's, `exec_failed`, or `guest_unreachable`.
     pub async fn open(&self, command: Command) -> Result<Session, MachineError> {
-        let tty = command.tty.is_some();
+        let is_work = command.tty.is_none() && !command.idle;
         let mut spec = self.spec(command).await?;
         spec.keep = true;
         let feeds = spec.stdin;
@@ -127,7 +127,7 @@ impl Inside {
                 greeted(channel, About::Exec).await
             })
             .await?;
-        Ok(self.begin(presence, channel, &attached, feeds, !tty))
+        Ok(self.begin(presence, channel, &attached, feeds, is_work))
     }
 
     /// Be with a process that was started before, from an offset of its output on.

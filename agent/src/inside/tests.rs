@@ -40,10 +40,10 @@ fn agent_program() -> PathBuf {
 }
 
 /// A machine whose guest is a real agent.
-struct Lab {
-    world: World,
+pub(crate) struct Lab {
+    pub(crate) world: World,
     agent: Child,
-    id: MachineId,
+    pub(crate) id: MachineId,
 }
 
 impl Drop for Lab {
@@ -54,7 +54,7 @@ impl Drop for Lab {
 }
 
 impl Lab {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let world = World::new();
         let at = |name: &str| world.directory.path().join(name);
         let agent = std::process::Command::new(agent_program())
@@ -77,15 +77,15 @@ impl Lab {
         lab
     }
 
-    fn inside(&self) -> super::Inside {
+    pub(crate) fn inside(&self) -> super::Inside {
         self.world.fleet.inside(self.id.clone(), WakeSource::Api)
     }
 
-    async fn pause(&self) {
+    pub(crate) async fn pause(&self) {
         self.world.pause(&self.id).await.unwrap();
     }
 
-    async fn status(&self) -> MachineStatus {
+    pub(crate) async fn status(&self) -> MachineStatus {
         self.world.status(&self.id).await
     }
 
@@ -93,7 +93,7 @@ impl Lab {
         self.inside().open(command).await.unwrap()
     }
 
-    fn path(&self, name: &str) -> String {
+    pub(crate) fn path(&self, name: &str) -> String {
         self.world
             .directory
             .path()

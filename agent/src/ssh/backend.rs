@@ -4,6 +4,8 @@
 //! is not entered at all. Once inside, everything goes through the fleet's own way into guests, which wakes by
 //! the SSH switch and outlives pauses.
 
+use super::guest::LoggedIn;
+use super::refusal;
 use crate::api::Token;
 use crate::machine::error::{MachineError, chain};
 use crate::machine::fleet::{Fleet, WakeSource};
@@ -99,12 +101,7 @@ impl Backend for FleetBackend {
     async fn wake(&self, login: &Login) -> Result<Arc<dyn Guest>, Refusal> {
         let cause = json!({ "client": login.client, "user": login.user });
         let woken = self.fleet.wake(&login.machine, WakeSource::Ssh, cause).await;
-        let woken = woken.map_err(refusal)?;
-        let _ = woken;
-        Err(Refusal::new(ErrorCode::NotImplemented, "not built"))
+        woken.map(drop).map_err(refusal)?;
+        Ok(Arc::new(LoggedIn::new(&self.fleet, login)))
     }
-}
-
-fn refusal(error: MachineError) -> Refusal {
-    Refusal::new(error.code, error.message)
 }

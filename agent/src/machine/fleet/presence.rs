@@ -2,10 +2,13 @@
 
 use super::super::error::MachineError;
 use super::super::gate::{AtWork, Gate, Pass};
+use super::super::hypervisor::ConnectError;
 use super::super::state::Committed;
 use super::{Fleet, WakeSource};
 use crate::guest_client::GuestClient;
 use std::sync::Arc;
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
 /// A guest that runs.
@@ -23,6 +26,21 @@ impl Presence {
             pass,
             gate,
         }
+    }
+
+    /// A TCP connection to the guest's own address, and what is cancelled when its execution is over.
+    ///
+    /// # Errors
+    /// Nothing accepts there, or the guest does not answer.
+    pub async fn connect(&self, port: u16) -> Result<(TcpStream, CancellationToken), ConnectError> {
+        let epoch = self.pass.epoch();
+        Ok((epoch.execution.connect(port).await?, epoch.over.clone()))
+    }
+
+    /// Cancelled when the execution is over.
+    #[must_use]
+    pub fn over(&self) -> CancellationToken {
+        self.pass.epoch().over.clone()
     }
 
     /// Count as activity until the value is dropped.

@@ -1,0 +1,200 @@
+//! TCP connections into the guest, as a process inside would make them.
+//!
+//! The guest's own address is tried first, through the slot; what listens on loopback only, or another address that
+//! only the guest reaches, is reached through the agent. A task per connection carries the bytes, which count as
+//! activity; the open connection does not, and it ends with the execution.
+
+use super::{About, Inside, failed};
+use crate::guest_client::channel::{Channel, FrameReceiver, FrameSender, last_frame};
+use crate::machine::error::MachineError;
+use crate::machine::fleet::{Fleet, Presence};
+use crate::machine::gate::Gate;
+use crate::machine::hypervisor::ConnectError;
+use bytes::Bytes;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio_util::sync::CancellationToken;
+use torpor_api::ErrorCode;
+use torpor_api::guest::FrameType;
+
+/// Bytes that wait in each direction, at most.
+const BUFFER_BYTES: usize = 64 << 10;
+
+impl Inside {
+    /// A connection to `host` and `port` as seen from the guest; `host` is an address or `localhost`. Wakes.
+    ///
+    /// # Errors
+    /// The wake's, `service_unreachable` if nothing accepts there, or `invalid_request`.
+    pub async fn connect(&self, host: &str, port: u16) -> Result<DuplexStream, MachineError> {
+        let address = address(host)?;
+        let presence = self.presence("connect").await?;
+        let far = presence.during(reach(&presence, address, port)).await?;
+        let (near, ours) = tokio::io::duplex(BUFFER_BYTES);
+        let over = presence.over();
+        let line = Line {
+            fleet: self.fleet.clone(),
+            gate: presence.leave(),
+        };
+        tokio::spawn(over.run_until_cancelled_owned(line.carry(far, ours)));
+        Ok(near)
+    }
+}
+
+fn address(host: &str) -> Result<IpAddr, MachineError> {
+    match host {
+        "localhost" | "" => Ok(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        host => host.parse().map_err(|_| {
+            let host: String = host.chars().take(64).collect();
+            let message =
+                format!("{host:?} is neither an address nor localhost, and names are not looked up");
+            MachineError::new(ErrorCode::InvalidRequest, message)
+        }),
+    }
+}
+
+async fn reach(presence: &Presence, address: IpAddr, port: u16) -> Result<Far, MachineError> {
+    if address.is_loopback() || address.is_unspecified() {
+        match presence.connect(port).await {
+            Ok(stream) => return Ok(Far::tcp(stream)),
+            // It may listen on loopback only.
+            Err(ConnectError::Refused { .. }) => {}
+            Err(error) => return Err(MachineError::new(ErrorCode::GuestUnreachable, error.to_string())),
+        }
+    }
+    let address = if address.is_unspecified() {
+        IpAddr::V4(Ipv4Addr::LOCALHOST)
+    } else {
+        address
+    };
+    let mut channel = presence
+        .guest
+        .forward(address, port)
+        .await
+        .map_err(failed(About::Process))?;
+    let frame = channel.receiver.next().await.map_err(failed(About::Process))?;
+    if frame.kind == FrameType::Data {
+        return Ok(Far::agent(channel));
+    }
+    let message = match last_frame(&frame) {
+        Err(error) => crate::machine::error::chain(&error),
+        Ok(_) => "the guest agent does not forward".to_owned(),
+    };
+    Err(MachineError::new(ErrorCode::ServiceUnreachable, message))
+}
+
+/// The guest's end, in two halves.
+struct Far(FarReader, FarWriter);
+
+enum FarReader {
+    Tcp(OwnedReadHalf),
+    Agent(FrameReceiver),
+}
+
+enum FarWriter {
+    Tcp(OwnedWriteHalf),
+    Agent(FrameSender),
+}
+
+impl Far {
+    fn tcp((stream, _): (TcpStream, CancellationToken)) -> Self {
+        let (read, write) = stream.into_split();
+        Self(FarReader::Tcp(read), FarWriter::Tcp(write))
+    }
+
+    fn agent(channel: Channel) -> Self {
+        Self(
+            FarReader::Agent(channel.receiver),
+            FarWriter::Agent(channel.sender),
+        )
+    }
+}
+
+impl FarReader {
+    /// The next bytes; none at the end.
+    async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        match self {
+            Self::Tcp(stream) => {
+                let mut buffer = bytes::BytesMut::with_capacity(BUFFER_BYTES);
+                let n = stream.read_buf(&mut buffer).await?;
+                Ok((n > 0).then(|| buffer.freeze()))
+            }
+            Self::Agent(frames) => {
+                let frame = frames.next().await.map_err(io::Error::other)?;
+                match frame.kind {
+                    FrameType::Data => Ok(Some(frame.payload)),
+                    FrameType::DataEof => Ok(None),
+                    _ => Err(io::ErrorKind::InvalidData.into()),
+                }
+            }
+        }
+    }
+}
+
+impl FarWriter {
+    async fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.write_all(bytes).await,
+            Self::Agent(frames) => {
+                let sent = frames.send_all(FrameType::Data, bytes).await;
+                sent.map_err(io::Error::other)
+            }
+        }
+    }
+
+    async fn end(&mut self) -> io::Result<()> {
+        match self {
+            Self::Tcp(stream) => stream.shutdown().await,
+            Self::Agent(frames) => frames
+                .send(FrameType::DataEof, &[])
+                .await
+                .map_err(io::Error::other),
+        }
+    }
+}
+
+/// What a connection's bytes count for.
+struct Line {
+    fleet: Fleet,
+    gate: Arc<Gate>,
+}
+
+impl Line {
+    async fn carry(self, far: Far, near: DuplexStream) {
+        let (near_read, near_write) = tokio::io::split(near);
+        let Far(far_read, far_write) = far;
+        // A direction that breaks takes the other with it; dropping both ends tells both sides.
+        let carried = tokio::try_join!(
+            self.inwards(near_read, far_write),
+            self.outwards(far_read, near_write)
+        );
+        tracing::trace!(?carried, "connection into the guest ended");
+    }
+
+    fn touch(&self) {
+        self.gate.touch(self.fleet.now_unix_ms());
+    }
+
+    async fn inwards(&self, mut near: ReadHalf<DuplexStream>, mut far: FarWriter) -> io::Result<()> {
+        let mut buffer = vec![0; BUFFER_BYTES];
+        loop {
+            let n = near.read(&mut buffer).await?;
+            if n == 0 {
+                return far.end().await;
+            }
+            self.touch();
+            far.write(buffer.get(..n).unwrap_or_default()).await?;
+        }
+    }
+
+    async fn outwards(&self, mut far: FarReader, mut near: WriteHalf<DuplexStream>) -> io::Result<()> {
+        while let Some(bytes) = far.next().await? {
+            self.touch();
+            near.write_all(&bytes).await?;
+        }
+        near.shutdown().await
+    }
+}
