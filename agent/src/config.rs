@@ -6,7 +6,7 @@ use serde::Deserialize;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use torpor_api::http::Endpoints;
+use torpor_api::http::{Endpoints, SshEndpoint};
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -295,7 +295,10 @@ impl Config {
             native: self.api.tcp_listen.map(url),
             morph: self.api.morph_listen.map(url),
             nullspace: self.api.nullspace_listen.map(url),
-            ssh: None,
+            ssh: self.ssh.listen.map(|address| SshEndpoint {
+                host: host_of(address.ip()),
+                port: address.port(),
+            }),
             token_file: self.api.token_file.clone(),
         }
     }

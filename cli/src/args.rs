@@ -1,11 +1,14 @@
 //! The command line: every command with its help and examples; `options` has what each one takes.
 
 mod options;
+mod ssh;
 
 pub(crate) use options::{
     Create, Doctor, Events, Exec, Expose, Fork, Hide, Lease, Logs, OneMachine, Probe, Resume, Rm, Snapshots,
     Switch, Traffic, Url, Wake,
 };
+
+pub(crate) use ssh::{Ssh, SshKeys};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::collections::BTreeMap;
@@ -189,6 +192,18 @@ Examples:
     /// Ask torpord how it is
     #[command(after_help = "Examples:\n  torpor status")]
     Status,
+    /// Enter a machine by SSH; needs OpenSSH's client
+    #[command(after_help = "\
+Examples:
+  torpor ssh web
+  torpor ssh web -- df -h
+  torpor ssh -L 8888:localhost:8888 -N web
+
+Everybody else: ssh -p 2222 web@HOST, with a registered key or the machine's own (torpor ssh-key).")]
+    Ssh(Ssh),
+    /// Keys that open machines by SSH
+    #[command(subcommand, name = "ssh-key")]
+    SshKeys(SshKeys),
     /// Print what points an SDK at this host, for eval
     #[command(after_help = "\
 Examples:
@@ -224,7 +239,11 @@ Examples:
 impl Command {
     /// Exit code when it fails; exec keeps the low ones for the command in the machine.
     pub(crate) fn failure_code(&self) -> u8 {
-        if matches!(self, Self::Exec(_)) { 125 } else { 1 }
+        match self {
+            Self::Exec(_) => 125,
+            Self::Ssh(_) => 255,
+            _ => 1,
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod machines;
 mod policy;
 mod services;
 mod snapshots;
+mod ssh;
 
 use crate::args::{Arguments, Command, Format};
 use crate::client::{CallError, Client, segment};
@@ -78,6 +79,8 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Command::Wake(wake) => policy::wake(&context, &wake).await,
         Command::Events(events) => events::run(&context, &events).await,
         Command::Env { sdk } => env::run(&context, &global, sdk).await,
+        Command::Ssh(ssh) => ssh::connect(&context, ssh).await,
+        Command::SshKeys(keys) => ssh::keys(&context, keys).await,
         Command::Templates => host::templates(&context).await,
         Command::Status => host::status(&context).await,
         // Answered above, since they need no torpord.

@@ -13,6 +13,8 @@ mod client;
 mod exec;
 #[path = "agent/files.rs"]
 mod files;
+#[path = "agent/forward.rs"]
+mod forward;
 #[path = "agent/hostile.rs"]
 mod hostile;
 #[path = "agent/machine.rs"]

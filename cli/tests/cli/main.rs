@@ -3,4 +3,5 @@
 #![expect(clippy::unwrap_used, reason = "a test helper that fails fails its test")]
 
 mod commands;
+mod ssh;
 mod support;
