@@ -13,11 +13,11 @@ use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
 use crate::machine::gate::Epoch;
 use crate::machine::hypervisor::ConnectError;
-use crate::machine::lines::OpenLine;
 use crate::store::ServiceRoute;
 use async_trait::async_trait;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde_json::json;
+use std::net::SocketAddr;
 use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,16 +65,8 @@ impl Waker for FleetWaker {
         };
         let line = match (&upstream, request.transport) {
             (Upstream::Fresh(stream), Transport::Upgrade | Transport::Tcp) => {
-                let open = self.open_line(stream, &machine, &epoch)?;
-                let line = FleetLine {
-                    fleet: self.0.clone(),
-                    machine: machine.clone(),
-                    port,
-                    source,
-                    client: request.client,
-                    open,
-                };
-                Some(Arc::new(line) as Arc<dyn Line>)
+                let from = (source, Some(request.client));
+                Some(lasting(&self.0, (stream, &epoch), (&machine, port), from)?)
             }
             (Upstream::Fresh(_) | Upstream::Held, _) => None,
         };
@@ -100,28 +92,6 @@ impl FleetWaker {
                 })
             }
         }
-    }
-
-    /// Enter a connection that may outlast pauses. A pause that began meanwhile either finds it or has cut it off.
-    fn open_line(
-        &self,
-        stream: &TcpStream,
-        machine: &MachineId,
-        epoch: &Epoch,
-    ) -> Result<OpenLine, WakeRefusal> {
-        let unusable = |error: std::io::Error| {
-            let message = format!("the connection to machine {machine} broke at once: {error}");
-            WakeRefusal::new(ErrorCode::GuestUnreachable, message)
-        };
-        // A guest that sleeps acknowledges nothing, for as long as it sleeps.
-        setsockopt(stream, sockopt::TcpUserTimeout, &LONGEST_UNACKNOWLEDGED_MS)
-            .map_err(|errno| unusable(errno.into()))?;
-        let socket = stream.as_fd().try_clone_to_owned().map_err(unusable)?;
-        let open = self.0.open_line(machine, socket);
-        if epoch.over.is_cancelled() {
-            return Err(overtaken(machine));
-        }
-        Ok(open)
     }
 
     fn connected(
@@ -177,6 +147,35 @@ fn report_first_byte(
                 .await;
         });
     })
+}
+
+/// Enter a connection that may outlast pauses. A pause that began meanwhile either finds it or has cut it off.
+pub(crate) fn lasting(
+    fleet: &Fleet,
+    (stream, epoch): (&TcpStream, &Epoch),
+    (machine, port): (&MachineId, u16),
+    (source, client): (WakeSource, Option<SocketAddr>),
+) -> Result<Arc<dyn Line>, WakeRefusal> {
+    let unusable = |error: std::io::Error| {
+        let message = format!("the connection to machine {machine} broke at once: {error}");
+        WakeRefusal::new(ErrorCode::GuestUnreachable, message)
+    };
+    // A guest that sleeps acknowledges nothing, for as long as it sleeps.
+    setsockopt(stream, sockopt::TcpUserTimeout, &LONGEST_UNACKNOWLEDGED_MS)
+        .map_err(|errno| unusable(errno.into()))?;
+    let socket = stream.as_fd().try_clone_to_owned().map_err(unusable)?;
+    let open = fleet.open_line(machine, socket);
+    if epoch.over.is_cancelled() {
+        return Err(overtaken(machine));
+    }
+    Ok(Arc::new(FleetLine {
+        fleet: fleet.clone(),
+        machine: machine.clone(),
+        port,
+        source,
+        client,
+        open,
+    }))
 }
 
 async fn connect(

@@ -2,7 +2,8 @@
 //!
 //! The guest's own address is tried first, through the slot; what listens on loopback only, or another address that
 //! only the guest reaches, is reached through the agent. A task per connection carries the bytes, which count as
-//! activity; the open connection does not, and it ends with the execution.
+//! activity; the open connection does not. One through the slot outlasts pauses, and its next bytes wake the machine;
+//! one through the agent ends with the execution.
 
 use super::{About, Inside, failed};
 use crate::guest_client::channel::{Channel, FrameReceiver, FrameSender, last_frame};
@@ -10,6 +11,7 @@ use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, Presence};
 use crate::machine::gate::Gate;
 use crate::machine::hypervisor::ConnectError;
+use crate::waker::lasting;
 use bytes::Bytes;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
@@ -17,9 +19,9 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio_util::sync::CancellationToken;
 use torpor_api::ErrorCode;
 use torpor_api::guest::FrameType;
+use torpor_proxy::{Awake, Line};
 
 /// Bytes that wait in each direction, at most.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -32,15 +34,44 @@ impl Inside {
     pub async fn connect(&self, host: &str, port: u16) -> Result<DuplexStream, MachineError> {
         let address = address(host)?;
         let presence = self.presence("connect").await?;
-        let far = presence.during(reach(&presence, address, port)).await?;
+        let (far, line) = presence.during(self.reach(&presence, address, port)).await?;
         let (near, ours) = tokio::io::duplex(BUFFER_BYTES);
-        let over = presence.over();
-        let line = Line {
+        let over = line.as_ref().map_or(presence.over(), |line| line.over().clone());
+        let carrier = Carrier {
             fleet: self.fleet.clone(),
             gate: presence.leave(),
+            line,
         };
-        tokio::spawn(over.run_until_cancelled_owned(line.carry(far, ours)));
+        tokio::spawn(over.run_until_cancelled_owned(carrier.carry(far, ours)));
         Ok(near)
+    }
+
+    async fn reach(
+        &self,
+        presence: &Presence,
+        address: IpAddr,
+        port: u16,
+    ) -> Result<(Far, Option<Arc<dyn Line>>), MachineError> {
+        if address.is_loopback() || address.is_unspecified() {
+            match presence.connect(port).await {
+                Ok(stream) => {
+                    let from = (self.source, None);
+                    let made = (&stream, presence.epoch());
+                    let line = lasting(&self.fleet, made, (&self.machine, port), from)
+                        .map_err(|refusal| MachineError::new(refusal.code, refusal.message))?;
+                    return Ok((Far::tcp(stream), Some(line)));
+                }
+                // It may listen on loopback only.
+                Err(ConnectError::Refused { .. }) => {}
+                Err(error) => return Err(MachineError::new(ErrorCode::GuestUnreachable, error.to_string())),
+            }
+        }
+        let address = if address.is_unspecified() {
+            IpAddr::V4(Ipv4Addr::LOCALHOST)
+        } else {
+            address
+        };
+        Ok((through_the_agent(presence, address, port).await?, None))
     }
 }
 
@@ -56,20 +87,7 @@ fn address(host: &str) -> Result<IpAddr, MachineError> {
     }
 }
 
-async fn reach(presence: &Presence, address: IpAddr, port: u16) -> Result<Far, MachineError> {
-    if address.is_loopback() || address.is_unspecified() {
-        match presence.connect(port).await {
-            Ok(stream) => return Ok(Far::tcp(stream)),
-            // It may listen on loopback only.
-            Err(ConnectError::Refused { .. }) => {}
-            Err(error) => return Err(MachineError::new(ErrorCode::GuestUnreachable, error.to_string())),
-        }
-    }
-    let address = if address.is_unspecified() {
-        IpAddr::V4(Ipv4Addr::LOCALHOST)
-    } else {
-        address
-    };
+async fn through_the_agent(presence: &Presence, address: IpAddr, port: u16) -> Result<Far, MachineError> {
     let mut channel = presence
         .guest
         .forward(address, port)
@@ -100,7 +118,7 @@ enum FarWriter {
 }
 
 impl Far {
-    fn tcp((stream, _): (TcpStream, CancellationToken)) -> Self {
+    fn tcp(stream: TcpStream) -> Self {
         let (read, write) = stream.into_split();
         Self(FarReader::Tcp(read), FarWriter::Tcp(write))
     }
@@ -156,13 +174,14 @@ impl FarWriter {
     }
 }
 
-/// What a connection's bytes count for.
-struct Line {
+/// What a connection's bytes count for, and what they wake.
+struct Carrier {
     fleet: Fleet,
     gate: Arc<Gate>,
+    line: Option<Arc<dyn Line>>,
 }
 
-impl Line {
+impl Carrier {
     async fn carry(self, far: Far, near: DuplexStream) {
         let (near_read, near_write) = tokio::io::split(near);
         let Far(far_read, far_write) = far;
@@ -172,6 +191,13 @@ impl Line {
             self.outwards(far_read, near_write)
         );
         tracing::trace!(?carried, "connection into the guest ended");
+    }
+
+    async fn awake(&self) -> io::Result<Option<Awake>> {
+        match &self.line {
+            Some(line) => line.awake().await.map(Some).map_err(io::Error::other),
+            None => Ok(None),
+        }
     }
 
     fn touch(&self) {
@@ -186,6 +212,8 @@ impl Line {
                 return far.end().await;
             }
             self.touch();
+            // Held until the bytes are on their way, so that no pause gets between.
+            let _awake = self.awake().await?;
             far.write(buffer.get(..n).unwrap_or_default()).await?;
         }
     }

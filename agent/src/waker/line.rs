@@ -17,7 +17,7 @@ pub(super) struct FleetLine {
     pub(super) machine: MachineId,
     pub(super) port: u16,
     pub(super) source: WakeSource,
-    pub(super) client: SocketAddr,
+    pub(super) client: Option<SocketAddr>,
     pub(super) open: OpenLine,
 }
 

@@ -1,7 +1,7 @@
 //! The guest of a machine, for whoever works inside it: woken, only if awake, or once it is awake.
 
 use super::super::error::MachineError;
-use super::super::gate::{AtWork, Gate, Pass};
+use super::super::gate::{AtWork, Epoch, Gate, Pass};
 use super::super::hypervisor::ConnectError;
 use super::super::state::Committed;
 use super::{Fleet, WakeSource};
@@ -28,13 +28,18 @@ impl Presence {
         }
     }
 
-    /// A TCP connection to the guest's own address, and what is cancelled when its execution is over.
+    /// A TCP connection to the guest's own address.
     ///
     /// # Errors
     /// Nothing accepts there, or the guest does not answer.
-    pub async fn connect(&self, port: u16) -> Result<(TcpStream, CancellationToken), ConnectError> {
-        let epoch = self.pass.epoch();
-        Ok((epoch.execution.connect(port).await?, epoch.over.clone()))
+    pub async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError> {
+        self.pass.epoch().execution.connect(port).await
+    }
+
+    /// Which execution this is, for a connection that was made in it.
+    #[must_use]
+    pub fn epoch(&self) -> &Epoch {
+        self.pass.epoch()
     }
 
     /// Cancelled when the execution is over.
