@@ -4,7 +4,7 @@
 //! memory has a large table. In memory it is kept in step with the file while a persist writes, so that a later
 //! persist, and the pages still to be filled from the file, go on from what the file really holds.
 
-use super::ImageLayout;
+use super::{Extent, ImageLayout};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use std::fs::File;
 use std::io;
@@ -182,6 +182,29 @@ impl ImageFile {
         let (block, within) = self.block(page)?;
         let sum = block.sums.get(within).ok_or(io::ErrorKind::InvalidInput)?;
         Ok(sum.load(Ordering::Acquire))
+    }
+
+    /// Extents of all pages that are not zero, if they are no more than `limit`. By the table alone, which may take a
+    /// page for zero that is not: for whoever only wants to be early with most of them.
+    ///
+    /// # Errors
+    /// The table can't be read.
+    pub fn data_extents(&self, limit: u64) -> io::Result<Option<Vec<Extent>>> {
+        let mut extents = Vec::new();
+        let (mut first, mut n_found) = (0, 0);
+        for page in 0..self.layout.n_pages() {
+            if self.checksum(page)? == zero_checksum() {
+                extents.extend(Extent::new(first..page));
+                first = page + 1;
+                continue;
+            }
+            n_found += 1;
+            if n_found > limit {
+                return Ok(None);
+            }
+        }
+        extents.extend(Extent::new(first..self.layout.n_pages()));
+        Ok(Some(extents))
     }
 
     /// The file is about to hold a page of this checksum.

@@ -7,14 +7,18 @@
 use super::{Backing, Files, MachineState, Prepared, Vm, VmError, micros};
 use crate::arch;
 use crate::devices::Backends;
-use crate::image::{self, Expected, Extent, OpenImage, PageSource};
+use crate::image::{self, Expected, Extent, ImageFile, OpenImage, PageSource};
 use crate::layout::PAGE_BYTES;
 use crate::memory::lazy::{FailureSink, LazyMemory, union};
 use crate::memory::prefetch::Placement;
+use std::borrow::Cow;
 use std::fs::File;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use torpor_api::vmm::{FdRole, RestoreTrace};
+
+/// Most bytes that are mapped ahead for a fork without a working set.
+const MAX_FORK_BYTES: u64 = 128 << 20;
 
 /// What a restore is asked for.
 #[derive(Debug, Clone, Copy)]
@@ -63,14 +67,15 @@ impl Prepared {
         for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
             vcpu.restore(state)?;
         }
-        trace.prefetched_pages = lazy.prefetch(&working_set, Placement::default())?;
+        let first_touched = first_touched(&file, &working_set, request.fork);
+        trace.prefetched_pages = lazy.prefetch(&first_touched, Placement::default())?;
         for vcpu in &self.vcpus {
             vcpu.done()?;
         }
         if self.can_pre_fault {
-            self.pre_fault(&working_set)?;
+            self.pre_fault(&first_touched)?;
         } else {
-            lazy.populate(&working_set);
+            lazy.populate(&first_touched);
         }
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
@@ -162,6 +167,22 @@ impl Prepared {
             self.generation_event.write(1).map_err(VmError::EventFd)?;
         }
         Ok(())
+    }
+}
+
+/// What to put in place before the guest runs. A fork of a machine that was never woken has no working set; all
+/// that its image holds is then mapped, if it is not too much: siblings share it, and record their own sets.
+fn first_touched<'s>(file: &ImageFile, working_set: &'s [Extent], fork: bool) -> Cow<'s, [Extent]> {
+    if !fork || !working_set.is_empty() {
+        return Cow::Borrowed(working_set);
+    }
+    match file.data_extents(MAX_FORK_BYTES / PAGE_BYTES) {
+        Ok(extents) => Cow::Owned(extents.unwrap_or_default()),
+        Err(error) => {
+            // Whoever touches a page whose checksum can't be read is told so then.
+            tracing::debug!(%error, "fork not filled ahead");
+            Cow::Borrowed(working_set)
+        }
     }
 }
 

@@ -185,6 +185,20 @@ fn a_wake_that_only_reads_writes_no_page() {
 }
 
 #[test]
+fn an_image_tells_where_its_data_is_if_that_is_not_too_much() {
+    let mut guest = Guest::boot();
+    for page in [0, 1, 2, 5000, 5001] {
+        guest.write(page, page + 1);
+    }
+    let file = image_file();
+    guest.persist(&file, 1);
+    let image = image::open(file, &expected(1)).unwrap().file;
+    let expected = [0..3, 5000..5002].map(|pages| Extent::new(pages).unwrap());
+    assert_eq!(image.data_extents(5).unwrap().unwrap(), expected);
+    assert!(image.data_extents(4).unwrap().is_none());
+}
+
+#[test]
 fn pages_that_were_given_back_are_holes_in_the_next_image() {
     let mut guest = Guest::boot();
     (0..1024).for_each(|page| guest.write(page, page + 1));
