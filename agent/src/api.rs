@@ -25,6 +25,7 @@ mod serve;
 mod services;
 mod snapshots;
 mod ssh;
+mod table;
 mod validate;
 
 pub use auth::{Token, TokenError};

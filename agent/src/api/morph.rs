@@ -18,10 +18,13 @@ mod ssh;
 use super::auth::{self, Token};
 use super::error;
 use super::facade::{stamped, tidied, unbuilt};
+use super::table::Table;
 use crate::machine::fleet::Fleet;
 use axum::Router;
 use axum::middleware;
-use axum::routing::{delete, get, post};
+
+/// What the API is, is no secret.
+const OPEN: &[&str] = &["/openapi/morph.json"];
 
 /// Operations of the SDK that are not built.
 const UNBUILT: &[(&str, &str)] = &[
@@ -40,7 +43,7 @@ const UNBUILT: &[(&str, &str)] = &[
 
 /// The API behind a bearer token.
 pub fn router(fleet: Fleet, token: Token) -> Router {
-    let lock = auth::Lock { token, open: &[] };
+    let lock = auth::Lock { token, open: OPEN };
     let routes = routes(fleet).layer(middleware::from_fn_with_state(lock, auth::require));
     tidied(stamped(routes, dialect::shape), one_form)
 }
@@ -61,41 +64,57 @@ fn one_form(segments: &mut Vec<&str>) {
 }
 
 fn routes(fleet: Fleet) -> Router {
-    let router = Router::new()
-        .route("/instance", get(instances::list).post(instances::start))
-        .route("/instance/list", get(instances::list_pages))
-        .route("/instance/{id}", get(instances::show).delete(instances::stop))
-        .route("/instance/{id}/pause", post(instances::pause))
-        .route("/instance/{id}/resume", post(instances::resume))
-        .route("/instance/{id}/reboot", post(instances::reboot))
-        .route("/snapshot/{id}/boot", post(instances::boot))
-        .route("/instance/{id}/ttl", post(policy::set_ttl))
-        .route("/instance/{id}/wake-on", post(policy::set_wake_on))
-        .route("/instance/{id}/metadata", post(policy::set_metadata))
-        .route("/instance/{id}/http", post(policy::expose))
-        .route("/instance/{id}/http/{name}", delete(policy::hide))
-        .route("/instance/{id}/exec", post(exec::run))
-        .route("/instance/{id}/exec/sse", post(exec::stream))
-        .route("/instance/{id}/snapshot", post(snapshots::of_instance))
-        .route("/instance/{id}/branch", post(snapshots::branch))
-        .route("/snapshot", get(snapshots::list).post(snapshots::create))
-        .route("/snapshot/list", get(snapshots::list_pages))
-        .route("/snapshot/{id}", get(snapshots::show).delete(snapshots::delete))
-        .route("/snapshot/{id}/metadata", post(snapshots::set_metadata))
-        .route("/snapshot/{id}/ttl", post(snapshots::set_ttl))
-        .route("/instance/{id}/ssh/key", get(ssh::show).post(ssh::rotate))
-        .route("/user/ssh-keys", get(ssh::user_keys).post(ssh::add_user_key))
-        .route(
-            "/user/ssh-keys/{key}",
-            get(ssh::user_key)
-                .patch(ssh::change_user_key)
-                .delete(ssh::remove_user_key),
-        )
-        .route("/image", get(images::list));
+    let router = table().into_router("Torpor: the API of the morphcloud SDK", "/openapi/morph.json");
     unbuilt(router, UNBUILT)
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)
         .with_state(fleet)
+}
+
+/// What is built.
+fn table() -> Table<Fleet> {
+    Table::new()
+        .get("/instance", instances::list)
+        .post("/instance", instances::start)
+        .get("/instance/list", instances::list_pages)
+        .get("/instance/{id}", instances::show)
+        .delete("/instance/{id}", instances::stop)
+        .post("/instance/{id}/pause", instances::pause)
+        .post("/instance/{id}/resume", instances::resume)
+        .post("/instance/{id}/reboot", instances::reboot)
+        .post("/snapshot/{id}/boot", instances::boot)
+        .post("/instance/{id}/ttl", policy::set_ttl)
+        .post("/instance/{id}/wake-on", policy::set_wake_on)
+        .post("/instance/{id}/metadata", policy::set_metadata)
+        .post("/instance/{id}/http", policy::expose)
+        .delete("/instance/{id}/http/{name}", policy::hide)
+        .post("/instance/{id}/exec", exec::run)
+        .post("/instance/{id}/exec/sse", exec::stream)
+        .post("/instance/{id}/snapshot", snapshots::of_instance)
+        .post("/instance/{id}/branch", snapshots::branch)
+        .get("/snapshot", snapshots::list)
+        .post("/snapshot", snapshots::create)
+        .get("/snapshot/list", snapshots::list_pages)
+        .get("/snapshot/{id}", snapshots::show)
+        .delete("/snapshot/{id}", snapshots::delete)
+        .post("/snapshot/{id}/metadata", snapshots::set_metadata)
+        .post("/snapshot/{id}/ttl", snapshots::set_ttl)
+        .get("/instance/{id}/ssh/key", ssh::show)
+        .post("/instance/{id}/ssh/key", ssh::rotate)
+        .get("/user/ssh-keys", ssh::user_keys)
+        .post("/user/ssh-keys", ssh::add_user_key)
+        .get("/user/ssh-keys/{key}", ssh::user_key)
+        .patch("/user/ssh-keys/{key}", ssh::change_user_key)
+        .delete("/user/ssh-keys/{key}", ssh::remove_user_key)
+        .get("/image", images::list)
+}
+
+#[cfg(test)]
+pub(super) fn built() -> Vec<String> {
+    let routes = table().routes.into_iter();
+    routes
+        .map(|route| format!("{} {}", route.method, route.path))
+        .collect()
 }
 
 #[cfg(test)]

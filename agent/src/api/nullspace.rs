@@ -30,13 +30,13 @@ mod ws;
 use super::auth::{self, Token};
 use super::error;
 use super::facade::{self, stamped, tidied};
+use super::table::Table;
 use crate::machine::fleet::Fleet;
 use axum::middleware;
-use axum::routing::{delete, get, post, put};
 use axum::{Extension, Router};
 
-/// Whether torpord is up is no secret, and a probe has no token.
-const OPEN: &[&str] = &["/healthz"];
+/// Whether torpord is up is no secret, and a probe has no token; nor is what the API is.
+const OPEN: &[&str] = &["/healthz", "/openapi/nullspace.json"];
 
 /// The API behind a bearer token.
 pub fn router(fleet: Fleet, token: Token) -> Router {
@@ -46,76 +46,83 @@ pub fn router(fleet: Fleet, token: Token) -> Router {
 }
 
 fn routes(fleet: Fleet) -> Router {
-    let router = Router::new()
-        .route("/healthz", get(host::health))
-        .route("/v1/templates", get(host::templates))
-        .route("/v1/machines", get(machines::list).post(create::create))
-        .route("/v1/machines/{id}", get(machines::show).delete(machines::destroy))
-        .route("/v1/machines/{id}/hibernate", post(machines::hibernate))
-        .route("/v1/machines/{id}/resume", post(machines::resume))
-        .route("/v1/machines/{id}/timeout", post(machines::set_timeout))
-        .route("/v1/machines/{id}/host", post(preview::host))
-        .route("/v1/machines/{id}/ports/{port}/preview-url", get(preview::show))
-        .route(
-            "/v1/machines/{id}/ports/{port}/signed-preview-url",
-            post(preview::sign),
-        )
-        .route("/v1/machines/{id}/ports/{port}/readiness", post(readiness::check))
-        .route("/v1/machines/{id}/preview-urls", get(preview::list))
-        .route(
-            "/v1/machines/{id}/preview-urls/{grant_id}",
-            delete(preview::revoke),
-        )
-        .route("/v1/machines/{id}/exec", post(exec::run))
-        .route("/v1/machines/{id}/processes", get(exec::processes))
-        .route("/v1/machines/{id}/processes/{pid}/kill", post(exec::kill))
-        .route("/v1/machines/{id}/processes/{pid}/stdin", post(exec::send_stdin))
-        .route("/v1/machines/{id}/processes/{pid}/logs", get(exec::logs))
-        .route("/v1/machines/{id}/ws", get(ws::connect))
-        .route("/v1/machines/{id}/pty", get(ws::list))
-        .route("/v1/machines/{id}/pty/{sid}", get(ws::show).delete(ws::kill))
-        .route("/v1/machines/{id}/pty/{sid}/resize", post(ws::resize))
-        .route("/v1/machines/{id}/metrics", get(metrics::show))
-        .route("/v1/machines/{id}/file", get(files::download).put(files::upload))
-        .route("/v1/machines/{id}/files", get(files::list))
-        .route("/v1/machines/{id}/files/read", post(files::read))
-        .route("/v1/machines/{id}/files/write", post(files::write))
-        .route("/v1/machines/{id}/files/exists", post(files::exists))
-        .route("/v1/machines/{id}/files/info", post(files::info))
-        .route("/v1/machines/{id}/files/mkdir", post(files::make_dir))
-        .route("/v1/machines/{id}/files/remove", post(files::remove))
-        .route("/v1/machines/{id}/files/rename", post(files::rename))
-        .route("/v1/machines/{id}/uploads", post(uploads::create))
-        .route(
-            "/v1/machines/{id}/uploads/{upload_id}",
-            get(uploads::show).delete(uploads::abort),
-        )
-        .route(
-            "/v1/machines/{id}/uploads/{upload_id}/parts/{part_number}",
-            put(uploads::put_part),
-        )
-        .route(
-            "/v1/machines/{id}/uploads/{upload_id}/complete",
-            post(uploads::complete),
-        )
-        .route("/v1/lifecycle/events", get(lifecycle::of_host))
-        .route("/v1/lifecycle/ws", get(lifecycle::watch_host))
-        .route("/v1/machines/{id}/lifecycle", get(lifecycle::of_machine))
-        .route("/v1/machines/{id}/lifecycle/ws", get(lifecycle::watch_machine))
-        .route("/v1/snapshots/{id}/lifecycle", get(lifecycle::of_snapshot))
-        .route("/v1/machines/{id}/snapshots", post(snapshots::create))
-        .route("/v1/machines/{id}/fork", post(snapshots::fork))
-        .route("/v1/machines/{id}/ssh-access", post(ssh::grant))
-        .route("/v1/snapshots", get(snapshots::list))
-        .route(
-            "/v1/snapshots/{id}",
-            get(snapshots::show).delete(snapshots::delete),
-        );
+    let router = table().into_router("Torpor: the API of the nullspace-sdk", "/openapi/nullspace.json");
     facade::unbuilt(router, unbuilt::ROUTES)
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)
         .layer(Extension(uploads::Uploads::default()))
         .with_state(fleet)
+}
+
+/// What is built.
+fn table() -> Table<Fleet> {
+    Table::new()
+        .get("/healthz", host::health)
+        .get("/v1/templates", host::templates)
+        .get("/v1/machines", machines::list)
+        .post("/v1/machines", create::create)
+        .get("/v1/machines/{id}", machines::show)
+        .delete("/v1/machines/{id}", machines::destroy)
+        .post("/v1/machines/{id}/hibernate", machines::hibernate)
+        .post("/v1/machines/{id}/resume", machines::resume)
+        .post("/v1/machines/{id}/timeout", machines::set_timeout)
+        .post("/v1/machines/{id}/host", preview::host)
+        .get("/v1/machines/{id}/ports/{port}/preview-url", preview::show)
+        .post("/v1/machines/{id}/ports/{port}/signed-preview-url", preview::sign)
+        .post("/v1/machines/{id}/ports/{port}/readiness", readiness::check)
+        .get("/v1/machines/{id}/preview-urls", preview::list)
+        .delete("/v1/machines/{id}/preview-urls/{grant_id}", preview::revoke)
+        .post("/v1/machines/{id}/exec", exec::run)
+        .get("/v1/machines/{id}/processes", exec::processes)
+        .post("/v1/machines/{id}/processes/{pid}/kill", exec::kill)
+        .post("/v1/machines/{id}/processes/{pid}/stdin", exec::send_stdin)
+        .get("/v1/machines/{id}/processes/{pid}/logs", exec::logs)
+        .get("/v1/machines/{id}/ws", ws::connect)
+        .get("/v1/machines/{id}/pty", ws::list)
+        .get("/v1/machines/{id}/pty/{sid}", ws::show)
+        .delete("/v1/machines/{id}/pty/{sid}", ws::kill)
+        .post("/v1/machines/{id}/pty/{sid}/resize", ws::resize)
+        .get("/v1/machines/{id}/metrics", metrics::show)
+        .get("/v1/machines/{id}/file", files::download)
+        .put("/v1/machines/{id}/file", files::upload)
+        .get("/v1/machines/{id}/files", files::list)
+        .post("/v1/machines/{id}/files/read", files::read)
+        .post("/v1/machines/{id}/files/write", files::write)
+        .post("/v1/machines/{id}/files/exists", files::exists)
+        .post("/v1/machines/{id}/files/info", files::info)
+        .post("/v1/machines/{id}/files/mkdir", files::make_dir)
+        .post("/v1/machines/{id}/files/remove", files::remove)
+        .post("/v1/machines/{id}/files/rename", files::rename)
+        .post("/v1/machines/{id}/uploads", uploads::create)
+        .get("/v1/machines/{id}/uploads/{upload_id}", uploads::show)
+        .delete("/v1/machines/{id}/uploads/{upload_id}", uploads::abort)
+        .put(
+            "/v1/machines/{id}/uploads/{upload_id}/parts/{part_number}",
+            uploads::put_part,
+        )
+        .post(
+            "/v1/machines/{id}/uploads/{upload_id}/complete",
+            uploads::complete,
+        )
+        .get("/v1/lifecycle/events", lifecycle::of_host)
+        .get("/v1/lifecycle/ws", lifecycle::watch_host)
+        .get("/v1/machines/{id}/lifecycle", lifecycle::of_machine)
+        .get("/v1/machines/{id}/lifecycle/ws", lifecycle::watch_machine)
+        .get("/v1/snapshots/{id}/lifecycle", lifecycle::of_snapshot)
+        .post("/v1/machines/{id}/snapshots", snapshots::create)
+        .post("/v1/machines/{id}/fork", snapshots::fork)
+        .post("/v1/machines/{id}/ssh-access", ssh::grant)
+        .get("/v1/snapshots", snapshots::list)
+        .get("/v1/snapshots/{id}", snapshots::show)
+        .delete("/v1/snapshots/{id}", snapshots::delete)
+}
+
+#[cfg(test)]
+pub(super) fn built() -> Vec<String> {
+    let routes = table().routes.into_iter();
+    routes
+        .map(|route| format!("{} {}", route.method, route.path))
+        .collect()
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The real router over a real store, real drivers and a simulated host.
 
 mod refusals;
+mod sdk_docs;
 mod ssh;
 
 use super::*;
