@@ -103,8 +103,15 @@ pub struct ProxySection {
     /// Address of the listener that routes by host name; `""` for none.
     #[serde(deserialize_with = "optional_address")]
     pub http_listen: Option<SocketAddr>,
+    /// Likewise, TLS only; needs a certificate.
+    #[serde(deserialize_with = "optional_address")]
+    pub https_listen: Option<SocketAddr>,
     /// Domain of those host names, as in `8080-web.torpor.test`.
     pub domain: String,
+    /// Certificate chain in PEM. With it every HTTP listener takes TLS, too; read again when it changes.
+    pub tls_cert_file: Option<PathBuf>,
+    /// Its key in PEM.
+    pub tls_key_file: Option<PathBuf>,
 }
 
 /// `[templates]`.
@@ -186,6 +193,9 @@ impl Default for ProxySection {
         Self {
             listen_ip: IpAddr::V4(Ipv4Addr::LOCALHOST),
             http_listen: None,
+            https_listen: None,
+            tls_cert_file: None,
+            tls_key_file: None,
             domain: "localhost".to_owned(),
         }
     }
@@ -241,6 +251,16 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), ConfigError> {
+        let proxy = &self.proxy;
+        if proxy.tls_cert_file.is_some() != proxy.tls_key_file.is_some()
+            || (proxy.https_listen.is_some() && proxy.tls_cert_file.is_none())
+        {
+            return Err(ConfigError::Value {
+                key: "proxy.tls_cert_file",
+                value: format!("{:?}", proxy.tls_cert_file),
+                rule: "goes with proxy.tls_key_file, and proxy.https_listen needs both",
+            });
+        }
         let limits = &self.limits;
         let positive = [
             ("limits.boot_timeout_s", limits.boot_timeout_s),

@@ -23,7 +23,7 @@ use torpor_agent::machine::{leases, retention};
 use torpor_agent::ssh;
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
-use torpor_proxy::{Proxy, ProxyConfig};
+use torpor_proxy::{Entrance, Proxy, ProxyConfig, Tls};
 use torpor_ssh::Gateway;
 
 /// How long requests in flight may take to end after a signal.
@@ -153,8 +153,13 @@ fn lock(state_dir: &Path) -> Result<Flock<File>> {
 }
 
 fn start_proxy(config: &Config, fleet: &Fleet) -> Result<Arc<Proxy>> {
+    let tls = match (&config.proxy.tls_cert_file, &config.proxy.tls_key_file) {
+        (Some(certificate), Some(key)) => Some(Arc::new(Tls::read(certificate, key)?)),
+        _ => None,
+    };
     let settings = ProxyConfig {
         listen_ip: config.proxy.listen_ip,
+        tls: tls.clone(),
         ..ProxyConfig::default()
     };
     let proxy = Arc::new(Proxy::new(settings, Arc::new(FleetWaker(fleet.clone()))));
@@ -162,8 +167,12 @@ fn start_proxy(config: &Config, fleet: &Fleet) -> Result<Arc<Proxy>> {
         .routes()
         .attach(Arc::new(ProxyListeners(Arc::clone(&proxy))));
     if let Some(address) = config.proxy.http_listen {
-        proxy.serve_host_names(address, &config.proxy.domain)?;
+        proxy.serve_host_names(address, &config.proxy.domain, Entrance::PlainOrTls)?;
     }
+    if let Some(address) = config.proxy.https_listen {
+        proxy.serve_host_names(address, &config.proxy.domain, Entrance::Tls)?;
+    }
+    reload_on_hangup(tls)?;
     Ok(proxy)
 }
 
@@ -175,6 +184,22 @@ async fn start_ssh(config: &Config, fleet: &Fleet, token: Option<Token>) -> Resu
     Ok(Some(
         ssh::start(fleet, listen, host, &config.state_dir, token).await?,
     ))
+}
+
+/// SIGHUP reads the certificate again; without one it does nothing.
+fn reload_on_hangup(tls: Option<Arc<Tls>>) -> Result<()> {
+    let mut hangup = signal(SignalKind::hangup()).context("cannot catch SIGHUP")?;
+    tokio::spawn(async move {
+        while hangup.recv().await.is_some() {
+            if let Some(Err(error)) = tls.as_ref().map(|tls| tls.reload()) {
+                tracing::error!(
+                    error = torpor_agent::machine::error::chain(&error),
+                    "certificate not read"
+                );
+            }
+        }
+    });
+    Ok(())
 }
 
 async fn serve(

@@ -62,6 +62,8 @@ error_codes! {
     TransitionInProgress = "transition_in_progress", 409, true, "Wait for the operation under way and try again.";
     /// The JSON body is too large.
     BodyTooLarge = "body_too_large", 413, false, "Send a smaller body.";
+    /// The head of an HTTP request is too large.
+    HeadTooLarge = "head_too_large", 431, false, "Send fewer or shorter headers, cookies or a shorter URL.";
     /// An auto-resume policy and destroy-on-expiry exclude each other.
     AutoResumeNeedsPause = "auto_resume_needs_pause", 400, false, "Set the lease action to 'pause', or turn every wake switch off.";
     /// The host has no memory, slot or disk left for it.

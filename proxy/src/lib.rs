@@ -7,6 +7,7 @@
 //! |---|---|
 //! | `waker` | the [`Waker`] trait and what passes through it |
 //! | `listen` | [`Proxy`]: listeners, bounds on connections, shutdown |
+//! | `tls` | the operator's certificate, and its renewal |
 //! | `route` | which target a request means |
 //! | `forward` | one client connection: `http` (with `admission`, `upstream`, `headers`), `tcp`, and `tunnel` for upgrades |
 //! | `meter` | counting bytes and holding guards while bodies and streams pass |
@@ -24,9 +25,11 @@ mod meter;
 mod phase;
 mod respond;
 mod route;
+mod tls;
 mod waker;
 
-pub use listen::{ListenError, Proxy, ProxyConfig};
+pub use listen::{Entrance, ListenError, Proxy, ProxyConfig};
+pub use tls::{Tls, TlsError};
 pub use waker::{
     Activity, Admission, Awake, Cause, Connected, DEFAULT_RETRY_AFTER, EdgeCookie, FirstByteHook, Guard,
     Line, Shown, Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,

@@ -3,10 +3,12 @@
 //! Every listener is one task that accepts, and every connection is one task. [`Proxy::hide`] ends the accepting
 //! task and lets connections under way finish. What happens on a connection is `forward`'s job.
 
-use crate::forward::{Shared, serve_http, serve_tcp};
+use crate::forward::{From, Permit, Privacy, Shared, serve_http, serve_tcp};
 use crate::respond;
 use crate::route::Route;
+use crate::tls::Tls;
 use crate::waker::{WakeRefusal, Waker};
+use socket2::{SockRef, TcpKeepalive};
 use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -26,6 +28,11 @@ const MAX_OVERFLOW: usize = 256;
 const OVERFLOW_PATIENCE: Duration = Duration::from_secs(2);
 const MAX_OVERFLOW_READ_BYTES: u64 = 64 << 10;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// A client that is gone without a word is noticed after two minutes; keep-alives count as nothing.
+const KEEPALIVE_TIME: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
+/// First byte of a TLS connection.
+const TLS_HANDSHAKE: u8 = 22;
 
 /// Bounds and addresses of a proxy.
 #[derive(Debug, Clone)]
@@ -40,6 +47,8 @@ pub struct ProxyConfig {
     pub max_head_bytes: usize,
     /// Most connections of one listener at a time; more are answered with 503 `capacity_exceeded`.
     pub max_connections: usize,
+    /// With it every HTTP listener takes TLS, too.
+    pub tls: Option<Arc<Tls>>,
 }
 
 impl Default for ProxyConfig {
@@ -50,6 +59,7 @@ impl Default for ProxyConfig {
             idle_timeout: Duration::from_secs(90),
             max_head_bytes: 64 << 10,
             max_connections: 4096,
+            tls: None,
         }
     }
 }
@@ -107,7 +117,14 @@ impl Proxy {
     pub fn expose(&self, listen_port: u16, kind: ServiceKind) -> Result<u16, ListenError> {
         let (listener, address) = bind(SocketAddr::new(self.config.listen_ip, listen_port))?;
         let listen_port = address.port();
-        self.listen(listener, listen_port, kind, Route::Service { listen_port });
+        let entrance = Entrance::PlainOrTls;
+        self.listen(
+            listener,
+            listen_port,
+            kind,
+            Route::Service { listen_port },
+            entrance,
+        );
         Ok(listen_port)
     }
 
@@ -116,7 +133,12 @@ impl Proxy {
     ///
     /// # Errors
     /// The address is taken.
-    pub fn serve_host_names(&self, address: SocketAddr, domain: &str) -> Result<SocketAddr, ListenError> {
+    pub fn serve_host_names(
+        &self,
+        address: SocketAddr,
+        domain: &str,
+        entrance: Entrance,
+    ) -> Result<SocketAddr, ListenError> {
         let (listener, address) = bind(address)?;
         let domain = domain.trim_matches('.').to_ascii_lowercase();
         self.listen(
@@ -124,6 +146,7 @@ impl Proxy {
             address.port(),
             ServiceKind::Http,
             Route::HostName { domain },
+            entrance,
         );
         Ok(address)
     }
@@ -151,7 +174,7 @@ impl Proxy {
         self.tasks.len()
     }
 
-    fn listen(&self, listener: TcpListener, port: u16, kind: ServiceKind, route: Route) {
+    fn listen(&self, listener: TcpListener, port: u16, kind: ServiceKind, route: Route, entrance: Entrance) {
         let closing = CancellationToken::new();
         let acceptor = Acceptor {
             shared: Arc::new(Shared {
@@ -161,6 +184,7 @@ impl Proxy {
                 tasks: self.tasks.clone(),
             }),
             kind,
+            entrance,
             free: Arc::new(Semaphore::new(self.config.max_connections)),
             overflow: Arc::new(Semaphore::new(MAX_OVERFLOW)),
             closing: closing.clone(),
@@ -182,9 +206,19 @@ impl Listener {
     }
 }
 
+/// Whether a listener takes connections that are not encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entrance {
+    /// Both, TLS if there is a certificate; a connection's first byte tells.
+    PlainOrTls,
+    /// TLS only.
+    Tls,
+}
+
 struct Acceptor {
     shared: Arc<Shared>,
     kind: ServiceKind,
+    entrance: Entrance,
     free: Arc<Semaphore>,
     overflow: Arc<Semaphore>,
     closing: CancellationToken,
@@ -216,16 +250,25 @@ impl Acceptor {
     fn take(&self, stream: TcpStream, client: SocketAddr) {
         // A socket that refuses is closed already.
         let _ = stream.set_nodelay(true);
+        let keepalive = TcpKeepalive::new()
+            .with_time(KEEPALIVE_TIME)
+            .with_interval(KEEPALIVE_INTERVAL);
+        let _ = SockRef::from(&stream).set_tcp_keepalive(&keepalive);
         let shared = Arc::clone(&self.shared);
         let Ok(permit) = Arc::clone(&self.free).try_acquire_owned() else {
             return self.turn_away(stream);
         };
         match self.kind {
             ServiceKind::Http => {
-                let closing = self.closing.clone();
-                self.shared
-                    .tasks
-                    .spawn(serve_http(shared, stream, client, closing, Arc::new(permit)));
+                let entering = enter(
+                    shared,
+                    stream,
+                    client,
+                    self.entrance,
+                    self.closing.clone(),
+                    Arc::new(permit),
+                );
+                self.shared.tasks.spawn(entering);
             }
             ServiceKind::Tcp => {
                 self.shared.tasks.spawn(async move {
@@ -255,6 +298,51 @@ impl Acceptor {
             drop(permit);
         });
     }
+}
+
+/// Finds out what the client speaks, and serves it.
+async fn enter(
+    shared: Arc<Shared>,
+    stream: TcpStream,
+    client: SocketAddr,
+    entrance: Entrance,
+    closing: CancellationToken,
+    permit: Permit,
+) {
+    let from = |privacy| From {
+        client,
+        permit,
+        privacy,
+    };
+    let Some(tls) = shared.config.tls.clone() else {
+        if entrance == Entrance::PlainOrTls {
+            serve_http(shared, stream, from(Privacy::Plain), closing).await;
+        }
+        return;
+    };
+    let knock = async {
+        let mut first = [0];
+        stream.peek(&mut first).await?;
+        if entrance == Entrance::PlainOrTls && first[0] != TLS_HANDSHAKE {
+            return Ok(Entered::Plain(stream));
+        }
+        Ok::<_, io::Error>(Entered::Tls(Box::new(tls.accept(stream).await?)))
+    };
+    let entered = tokio::select! {
+        entered = tokio::time::timeout(shared.config.head_timeout, knock) => entered,
+        () = closing.cancelled() => return,
+    };
+    match entered {
+        Ok(Ok(Entered::Plain(stream))) => serve_http(shared, stream, from(Privacy::Plain), closing).await,
+        Ok(Ok(Entered::Tls(stream))) => serve_http(shared, *stream, from(Privacy::Tls), closing).await,
+        Ok(Err(error)) => tracing::debug!(%client, %error, "no TLS handshake"),
+        Err(_) => tracing::debug!(%client, "a client said nothing"),
+    }
+}
+
+enum Entered {
+    Plain(TcpStream),
+    Tls(Box<tokio_rustls::server::TlsStream<TcpStream>>),
 }
 
 /// Writes the refusal and reads what the client sends until it closes: a close with unread bytes would be a reset

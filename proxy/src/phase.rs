@@ -4,13 +4,14 @@
 //! requests, and the task that drives the connection and gives up on it. hyper's own head timeout can't tell an
 //! idle keep-alive connection from a client that dribbles a head, hence this. Requests under way are not bounded.
 
+use crate::respond;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
@@ -20,8 +21,8 @@ enum State {
     Fresh { since: Instant },
     /// Part of a request's head has come.
     Head { since: Instant },
-    /// A request is held or being answered.
-    Busy,
+    /// Requests are held or being answered; more than one only over HTTP/2.
+    Busy { n_requests: usize },
     /// Answered; the next request may come or not.
     Idle { since: Instant },
 }
@@ -30,6 +31,8 @@ enum State {
 #[derive(Debug)]
 pub(crate) struct Phase {
     state: Mutex<State>,
+    /// Bytes may come that belong to no request.
+    multiplexed: AtomicBool,
     changed: Notify,
 }
 
@@ -39,6 +42,7 @@ impl Phase {
             state: Mutex::new(State::Fresh {
                 since: Instant::now(),
             }),
+            multiplexed: AtomicBool::new(false),
             changed: Notify::new(),
         })
     }
@@ -49,7 +53,8 @@ impl Phase {
 
     fn bytes_came(&self) {
         let mut state = self.state();
-        if matches!(*state, State::Fresh { .. } | State::Idle { .. }) {
+        let idle = matches!(*state, State::Idle { .. }) && !self.multiplexed.load(Ordering::Acquire);
+        if idle || matches!(*state, State::Fresh { .. }) {
             *state = State::Head {
                 since: Instant::now(),
             };
@@ -59,19 +64,42 @@ impl Phase {
 
     /// A complete head is here; answers when its first byte came.
     pub(crate) fn request_began(&self) -> Instant {
-        let began = std::mem::replace(&mut *self.state(), State::Busy);
-        self.changed.notify_one();
-        match began {
-            State::Head { since } => since,
+        let mut state = self.state();
+        let (n_before, began) = match *state {
+            State::Head { since } => (0, since),
+            State::Busy { n_requests } => (n_requests, Instant::now()),
             // Pipelined: its head was read together with the request before it.
-            State::Fresh { .. } | State::Busy | State::Idle { .. } => Instant::now(),
-        }
+            State::Fresh { .. } | State::Idle { .. } => (0, Instant::now()),
+        };
+        *state = State::Busy {
+            n_requests: n_before + 1,
+        };
+        self.changed.notify_one();
+        began
+    }
+
+    /// The client speaks HTTP/2.
+    pub(crate) fn is_multiplexed(&self) {
+        self.multiplexed.store(true, Ordering::Release);
+    }
+
+    /// Whether no request is complete that an answer could be for.
+    fn awaits_head(&self) -> bool {
+        matches!(*self.state(), State::Fresh { .. } | State::Head { .. })
     }
 
     /// The response has been handed over whole, or given up.
     fn response_ended(&self) {
-        *self.state() = State::Idle {
-            since: Instant::now(),
+        let mut state = self.state();
+        *state = match *state {
+            State::Busy { n_requests } if n_requests > 1 => State::Busy {
+                n_requests: n_requests - 1,
+            },
+            State::Busy { .. } | State::Fresh { .. } | State::Head { .. } | State::Idle { .. } => {
+                State::Idle {
+                    since: Instant::now(),
+                }
+            }
         };
         self.changed.notify_one();
     }
@@ -82,7 +110,7 @@ impl Phase {
             let deadline = match *self.state() {
                 State::Fresh { since } | State::Head { since } => Some(since + head_timeout),
                 State::Idle { since } => Some(since + idle_timeout),
-                State::Busy => None,
+                State::Busy { .. } => None,
             };
             let Some(deadline) = deadline else {
                 self.changed.notified().await;
@@ -112,20 +140,45 @@ impl Drop for UnderWay {
     }
 }
 
-/// A client's socket that reports the first bytes of a head.
+/// A client's socket that reports the first bytes of a head, and gives hyper's own refusals their body.
 #[derive(Debug)]
-pub(crate) struct ClientSocket {
-    stream: TcpStream,
+pub(crate) struct ClientSocket<S> {
+    stream: S,
     phase: Arc<Phase>,
+    /// What is written instead of hyper's bytes, and how much of it was.
+    instead: Option<(Vec<u8>, usize)>,
 }
 
-impl ClientSocket {
-    pub(crate) fn new(stream: TcpStream, phase: Arc<Phase>) -> Self {
-        Self { stream, phase }
+impl<S> ClientSocket<S> {
+    pub(crate) fn new(stream: S, phase: Arc<Phase>) -> Self {
+        Self {
+            stream,
+            phase,
+            instead: None,
+        }
+    }
+
+    /// What hyper answers by itself to a head that it does not take has no body.
+    fn look_for_refusal(&mut self, bytes: &[u8]) {
+        if self.instead.is_none() && bytes.starts_with(b"HTTP/1.1 4") && self.phase.awaits_head() {
+            self.instead = respond::instead_of(bytes).map(|bytes| (bytes, 0));
+        }
     }
 }
 
-impl AsyncRead for ClientSocket {
+impl<S: AsyncWrite + Unpin> ClientSocket<S> {
+    fn poll_instead(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while let Some((bytes, n_written)) = &mut self.instead {
+            *n_written += ready!(Pin::new(&mut self.stream).poll_write(cx, &bytes[*n_written..]))?;
+            if *n_written >= bytes.len() {
+                self.instead = None;
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for ClientSocket<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -140,8 +193,13 @@ impl AsyncRead for ClientSocket {
     }
 }
 
-impl AsyncWrite for ClientSocket {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ClientSocket<S> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.look_for_refusal(buf);
+        if self.instead.is_some() {
+            ready!(self.poll_instead(cx))?;
+            return Poll::Ready(Ok(buf.len()));
+        }
         Pin::new(&mut self.stream).poll_write(cx, buf)
     }
 
@@ -150,6 +208,13 @@ impl AsyncWrite for ClientSocket {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let Some(first) = bufs.iter().find(|buf| !buf.is_empty()) {
+            self.look_for_refusal(first);
+            if self.instead.is_some() {
+                ready!(self.poll_instead(cx))?;
+                return Poll::Ready(Ok(first.len()));
+            }
+        }
         Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
     }
 

@@ -38,6 +38,27 @@ pub(crate) fn refusal_bytes(refusal: &WakeRefusal) -> Vec<u8> {
     text.into_bytes()
 }
 
+/// What a client is told instead of a bare refusal of hyper's own; `None` if the bytes are not one.
+pub(crate) fn instead_of(bytes: &[u8]) -> Option<Vec<u8>> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let head = text.strip_suffix("\r\n\r\n")?;
+    let mut lines = head.split("\r\n");
+    let status = lines.next()?.strip_prefix("HTTP/1.1 ")?;
+    let own = |line: &str| matches!(line, "content-length: 0" | "connection: close");
+    if !lines.all(own) {
+        return None;
+    }
+    let (code, message) = match status.get(..3)? {
+        "400" => (ErrorCode::InvalidRequest, "the request's head is not HTTP"),
+        "414" | "431" => (
+            ErrorCode::HeadTooLarge,
+            "the request's head is larger than the proxy takes",
+        ),
+        _ => return None,
+    };
+    Some(refusal_bytes(&WakeRefusal::new(code, message)))
+}
+
 fn parts(refusal: &WakeRefusal) -> (StatusCode, String, Option<u64>) {
     let code = refusal.code;
     let status = StatusCode::from_u16(code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

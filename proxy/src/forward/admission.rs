@@ -3,6 +3,7 @@
 //! Parsing only. Whether what is shown is enough is the waker's to say. Cookies of ours never reach a guest: one
 //! host has many services on many ports, and cookies do not tell ports apart.
 
+use super::http::Privacy;
 use crate::waker::{Admission, Shown};
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
@@ -40,10 +41,14 @@ pub(super) fn take_off(parts: &mut Parts, admission: &Admission) {
 }
 
 /// The `Set-Cookie` that lets relative links of a page work.
-pub(super) fn set_cookie(admission: &Admission) -> Option<HeaderValue> {
+pub(super) fn set_cookie(admission: &Admission, privacy: Privacy) -> Option<HeaderValue> {
     let cookie = admission.cookie.as_ref()?;
+    let secure = match privacy {
+        Privacy::Plain => "",
+        Privacy::Tls => "; Secure",
+    };
     let text = format!(
-        "{COOKIE_PREFIX}{}={}; Path=/; Max-Age={}; HttpOnly; SameSite=Lax",
+        "{COOKIE_PREFIX}{}={}; Path=/; Max-Age={}; HttpOnly; SameSite=Lax{secure}",
         cookie.scope, cookie.value, cookie.max_age_seconds
     );
     HeaderValue::from_str(&text).ok()

@@ -68,6 +68,25 @@ pub(crate) fn towards_guest(parts: &mut Parts, upgrade: bool) {
     if !upgrade {
         strip_hop_by_hop(&mut parts.headers);
     }
+    if parts.version == Version::HTTP_2 {
+        parts.version = Version::HTTP_11;
+        join_cookies(&mut parts.headers);
+    }
+}
+
+/// HTTP/2 may send each cookie as a field of its own; HTTP/1.1 may not (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    let cookies: Vec<&[u8]> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if cookies.len() < 2 {
+        return;
+    }
+    if let Ok(joined) = HeaderValue::from_bytes(&cookies.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
 }
 
 /// Makes a guest's response one for the client.

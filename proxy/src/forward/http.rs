@@ -1,4 +1,4 @@
-//! HTTP/1.1: one client connection, its requests one after the other.
+//! HTTP: one client connection, its requests one after the other, or beside each other over HTTP/2.
 //!
 //! The task of the connection runs hyper's server and gives up on a client that is overdue. For each request it
 //! asks the waker, sends the request to the guest at most once, and streams the answer back. One connection to a
@@ -18,39 +18,40 @@ use crate::waker::{
 };
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::{Body, Incoming};
-use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::upgrade::OnUpgrade;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use torpor_api::ErrorCode;
 
 /// hyper refuses smaller buffers.
 const LEAST_HEAD_BYTES: usize = 8192;
+/// Requests that one HTTP/2 connection may have under way.
+const MAX_STREAMS: u32 = 128;
+const H2_PING_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Serves one accepted HTTP connection to its end; `closing` lets it finish the request under way.
-pub(crate) async fn serve_http(
-    shared: Arc<Shared>,
-    stream: TcpStream,
-    client: SocketAddr,
-    closing: CancellationToken,
-    permit: Permit,
-) {
+/// Serves one accepted HTTP connection to its end; `closing` lets it finish the requests under way.
+pub(crate) async fn serve_http<S>(shared: Arc<Shared>, stream: S, from: From, closing: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let phase = Phase::accepted();
+    let client = from.client;
     let connection = Arc::new(Connection {
         shared: Arc::clone(&shared),
-        client,
+        from,
         phase: Arc::clone(&phase),
-        permit,
         link: Mutex::default(),
     });
     let service = service_fn(move |request| {
@@ -58,16 +59,8 @@ pub(crate) async fn serve_http(
         async move { Ok::<_, Infallible>(connection.handle(request).await) }
     });
     let io = TokioIo::new(ClientSocket::new(stream, Arc::clone(&phase)));
-    let mut serving = pin!(
-        http1::Builder::new()
-            .preserve_header_case(true)
-            .auto_date_header(false)
-            .header_read_timeout(None)
-            .max_headers(MAX_HEADERS)
-            .max_buf_size(shared.config.max_head_bytes.max(LEAST_HEAD_BYTES))
-            .serve_connection(io, service)
-            .with_upgrades()
-    );
+    let builder = builder(&shared);
+    let mut serving = pin!(builder.serve_connection_with_upgrades(io, service));
     let mut overdue = pin!(phase.overdue(shared.config.head_timeout, shared.config.idle_timeout));
     let mut closed = pin!(closing.cancelled());
     let mut is_closing = false;
@@ -88,11 +81,60 @@ pub(crate) async fn serve_http(
     }
 }
 
+/// HTTP/1.1, and HTTP/2 for a client that begins with its preface.
+fn builder(shared: &Shared) -> auto::Builder<Tracked> {
+    let max_head_bytes = shared.config.max_head_bytes.max(LEAST_HEAD_BYTES);
+    let mut builder = auto::Builder::new(Tracked(shared.tasks.clone()));
+    builder
+        .http1()
+        .preserve_header_case(true)
+        .auto_date_header(false)
+        .header_read_timeout(None)
+        .max_headers(MAX_HEADERS)
+        .max_buf_size(max_head_bytes);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .auto_date_header(false)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(u32::try_from(max_head_bytes).unwrap_or(u32::MAX))
+        .keep_alive_interval(Some(H2_PING_INTERVAL));
+    builder
+}
+
+/// Runs the streams of an HTTP/2 connection as tasks that a shutdown waits for.
+#[derive(Clone)]
+struct Tracked(TaskTracker);
+
+impl<F> hyper::rt::Executor<F> for Tracked
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    fn execute(&self, stream: F) {
+        self.0.spawn(stream);
+    }
+}
+
+/// Where a connection comes from.
+pub(crate) struct From {
+    pub(crate) client: SocketAddr,
+    pub(crate) permit: Permit,
+    /// Whether nobody on the way can read along.
+    pub(crate) privacy: Privacy,
+}
+
+/// Whether a connection is encrypted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Privacy {
+    Plain,
+    Tls,
+}
+
 struct Connection {
     shared: Arc<Shared>,
-    client: SocketAddr,
+    from: From,
     phase: Arc<Phase>,
-    permit: Permit,
     link: Mutex<Option<Link>>,
 }
 
@@ -122,6 +164,9 @@ impl Connection {
         };
         // Ends it as well if the client goes away and this future is dropped.
         let under_way = UnderWay::on(&self.phase);
+        if request.version() == Version::HTTP_2 {
+            self.phase.is_multiplexed();
+        }
         let on_upgrade = hyper::upgrade::on(&mut request);
         let response = match self.exchange(request, on_upgrade, clock).await {
             Ok(response) => response,
@@ -150,7 +195,7 @@ impl Connection {
         let mut asked = WakeRequest {
             target,
             transport: Transport::Http,
-            client: self.client,
+            client: self.from.client,
             accepted_at: clock.accepted_at,
             cause: cause_of(&request),
             held: None,
@@ -170,7 +215,7 @@ impl Connection {
         let (response, link, leave) = self.send(asked, request, &admission).await?;
         let client_upgrade = wants_upgrade.then_some((client_upgrade, framing));
         let mut response = self.answer(response, link, leave, client_upgrade, clock)?;
-        if let Some(cookie) = admission::set_cookie(&admission) {
+        if let Some(cookie) = admission::set_cookie(&admission, self.from.privacy) {
             response.headers_mut().append(http::header::SET_COOKIE, cookie);
         }
         Ok(response)
@@ -296,7 +341,7 @@ impl Connection {
         }
         let body = match (guest_upgrade, client_upgrade) {
             (Some(guest), Some((client, framing))) => {
-                let permit = Arc::clone(&self.permit);
+                let permit = Arc::clone(&self.from.permit);
                 let tunnel = Tunnel {
                     framing,
                     tally,

@@ -161,7 +161,10 @@ async fn host_names_are_routed_and_unknown_ones_are_404() {
     let machine = TestMachine::at(echo_guest().await);
     let proxy = http_proxy(&machine);
     let any = "127.0.0.1:0".parse().unwrap();
-    let address = proxy.proxy.serve_host_names(any, "Torpor.test.").unwrap();
+    let address = proxy
+        .proxy
+        .serve_host_names(any, "Torpor.test.", torpor_proxy::Entrance::PlainOrTls)
+        .unwrap();
     let mut client = crate::support::Client::over(tokio::net::TcpStream::connect(address).await.unwrap());
     client
         .send("GET / HTTP/1.1\r\nHost: 8080-web.torpor.test:7080\r\n\r\n")

@@ -10,6 +10,7 @@ mod contract;
 mod hostile;
 mod http;
 mod lifecycle;
+mod secure;
 mod support;
 mod tcp;
 mod timeouts;
