@@ -77,6 +77,10 @@ fn routes(fleet: Fleet) -> Router {
             "/v1/machines/{id}/services/{name}/grants/{grant}",
             delete(edge::revoke),
         )
+        .route(
+            "/v1/machines/{id}/wake/filter",
+            get(edge::wake_filter).put(edge::set_wake_filter),
+        )
         .route("/v1/edge-keys", get(edge::keys))
         .route("/v1/edge-keys/rotate", post(edge::rotate))
         .route("/v1/machines/{id}/exec", post(exec::run))

@@ -3,6 +3,7 @@
 //! One [`Edge`] per fleet. Keys and revocations are copies of what the store has, so that a request needs no query;
 //! whoever changes them changes the store first. Not its job: HTTP, which the proxy does, and who may make grants.
 
+pub mod filter;
 pub mod token;
 mod usage;
 

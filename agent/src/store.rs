@@ -12,6 +12,7 @@
 
 mod edge;
 mod events;
+mod filters;
 mod leases;
 mod machines;
 mod rows;
@@ -45,6 +46,7 @@ const MIGRATIONS: &[M<'static>] = &[
     M::up(include_str!("store/migrations/0003_edge.sql")),
     M::up(include_str!("store/migrations/0004_snapshots.sql")),
     M::up(include_str!("store/migrations/0005_ssh.sql")),
+    M::up(include_str!("store/migrations/0006_wake_filters.sql")),
 ];
 
 /// Why the store could not.

@@ -8,6 +8,7 @@ mod admission;
 mod line;
 
 use self::line::FleetLine;
+use crate::edge::filter::Asked;
 use crate::machine::driver::{WakeReport, Woken};
 use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
@@ -25,8 +26,8 @@ use tokio::net::TcpStream;
 use torpor_api::http::ServiceKind;
 use torpor_api::{ErrorCode, MachineId};
 use torpor_proxy::{
-    Admission, Connected, FirstByteHook, Line, ListenError, Proxy, Shown, Target, Transport, Upstream,
-    WakeRefusal, WakeRequest, WakeTrace, Waker,
+    Admission, Connected, FirstByteHook, Line, ListenError, OwnAnswer, Proxy, Shown, Target, Transport,
+    Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
 };
 
 /// The kernel gives up a connection after this; a value that is as large as it takes, 24 days.
@@ -43,7 +44,13 @@ impl Waker for FleetWaker {
     }
 
     async fn connect(&self, request: WakeRequest) -> Result<Connected, WakeRefusal> {
-        let ServiceRoute { machine, port, .. } = self.route(&request.target).await?;
+        let ServiceRoute {
+            machine,
+            port,
+            wake_deadline_ms,
+            ..
+        } = self.route(&request.target).await?;
+        self.filter(&request, &machine, port).await?;
         let source = match request.transport {
             Transport::Http | Transport::Upgrade => WakeSource::Http,
             Transport::Tcp => WakeSource::Tcp,
@@ -55,7 +62,9 @@ impl Waker for FleetWaker {
             "path": request.cause.path,
             "user_agent": request.cause.user_agent,
         });
-        let woken = self.0.wake(&machine, source, cause).await.map_err(refusal)?;
+        let bound = wake_deadline_ms.map_or(self.0.settings().wake_timeout, Duration::from_millis);
+        let woken = self.0.wake_within(bound, &machine, source, cause).await;
+        let woken = woken.map_err(|error| self.with_advice(refusal(error)))?;
         let awake_at = request.accepted_at.elapsed();
         let epoch = Arc::clone(woken.pass.epoch());
         let upstream = if request.held.as_ref() == Some(epoch.execution.id()) {
@@ -94,6 +103,43 @@ impl FleetWaker {
         }
     }
 
+    /// What the machine's filter answers, if it sleeps.
+    async fn filter(&self, request: &WakeRequest, machine: &MachineId, port: u16) -> Result<(), WakeRefusal> {
+        if request.transport == Transport::Tcp {
+            return Ok(());
+        }
+        let asked = Asked {
+            path: request.cause.path.as_deref().unwrap_or_default(),
+            method: request.cause.method.as_deref().unwrap_or_default(),
+            user_agent: request.cause.user_agent.as_deref().unwrap_or_default(),
+            source: request.client.ip(),
+            port,
+        };
+        let Some(answer) = self.0.filtered(machine, asked).await.map_err(refusal)? else {
+            return Ok(());
+        };
+        let message = format!("machine {machine} sleeps, and its wake filter answers for it");
+        let mut filtered = WakeRefusal::new(ErrorCode::AutoResumeDisabled, message);
+        filtered.answer = Some(Box::new(OwnAnswer {
+            status: answer.status,
+            content_type: answer.content_type,
+            body: answer.body,
+        }));
+        Err(filtered)
+    }
+
+    /// When to come again, by how long wakes take here. The seed document fixes it for a wake that was slow or
+    /// failed, and for one that is not wanted.
+    fn with_advice(&self, mut refusal: WakeRefusal) -> WakeRefusal {
+        if matches!(
+            refusal.code,
+            ErrorCode::CapacityExceeded | ErrorCode::TransitionInProgress | ErrorCode::GuestUnreachable
+        ) {
+            refusal.retry_after = self.0.usual_wake();
+        }
+        refusal
+    }
+
     fn connected(
         &self,
         request: &WakeRequest,
@@ -108,6 +154,9 @@ impl FleetWaker {
             activity,
         } = woken;
         let epoch = Arc::clone(pass.epoch());
+        if report.as_deref().is_some_and(|report| report.stages.is_some()) {
+            self.0.count_wake(awake_at);
+        }
         let trace = report
             .as_deref()
             .map(|report| trace(report, awake_at, request.accepted_at.elapsed()));

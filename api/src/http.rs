@@ -2,9 +2,11 @@
 
 mod edge;
 mod ssh;
+mod wake_filter;
 
 pub use edge::*;
 pub use ssh::*;
+pub use wake_filter::*;
 
 use crate::ids::{ExecutionId, MachineId, MachineName, SnapshotId};
 use crate::lease::{Lease, LeasePolicy};

@@ -32,5 +32,5 @@ pub use listen::{Entrance, ListenError, Proxy, ProxyConfig};
 pub use tls::{Tls, TlsError};
 pub use waker::{
     Activity, Admission, Awake, Cause, Connected, DEFAULT_RETRY_AFTER, EdgeCookie, FirstByteHook, Guard,
-    Line, Shown, Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
+    Line, OwnAnswer, Shown, Target, Transport, Upstream, WakeRefusal, WakeRequest, WakeTrace, Waker,
 };

@@ -3,7 +3,7 @@
 //! Every error answer is an [`ApiError`] as JSON; every 503 says when to come again.
 
 use crate::meter::ResponseBody;
-use crate::waker::{DEFAULT_RETRY_AFTER, WakeRefusal};
+use crate::waker::{DEFAULT_RETRY_AFTER, OwnAnswer, WakeRefusal};
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header};
 use std::fmt::Write as _;
@@ -11,6 +11,9 @@ use torpor_api::{ApiError, ErrorCode};
 
 /// The response that tells a client of a refusal.
 pub(crate) fn refusal(refusal: &WakeRefusal) -> Response<ResponseBody> {
+    if let Some(own) = &refusal.answer {
+        return configured(own);
+    }
     let (status, body, retry_after_seconds) = parts(refusal);
     let mut response = Response::new(ResponseBody::own(Bytes::from(body)));
     *response.status_mut() = status;
@@ -18,6 +21,17 @@ pub(crate) fn refusal(refusal: &WakeRefusal) -> Response<ResponseBody> {
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     if let Some(seconds) = retry_after_seconds {
         headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+fn configured(own: &OwnAnswer) -> Response<ResponseBody> {
+    let mut response = Response::new(ResponseBody::own(Bytes::from(own.body.clone())));
+    *response.status_mut() = StatusCode::from_u16(own.status).unwrap_or(StatusCode::NO_CONTENT);
+    if let Ok(content_type) = HeaderValue::from_str(&own.content_type)
+        && !own.body.is_empty()
+    {
+        response.headers_mut().insert(header::CONTENT_TYPE, content_type);
     }
     response
 }

@@ -265,6 +265,19 @@ pub struct WakeRefusal {
     pub message: String,
     /// When to come again; a 503 without one says [`DEFAULT_RETRY_AFTER`].
     pub retry_after: Option<Duration>,
+    /// What an HTTP client is told instead of the code.
+    pub answer: Option<Box<OwnAnswer>>,
+}
+
+/// An answer that somebody configured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnAnswer {
+    /// HTTP status.
+    pub status: u16,
+    /// `Content-Type`.
+    pub content_type: String,
+    /// Body.
+    pub body: String,
 }
 
 impl WakeRefusal {
@@ -275,6 +288,7 @@ impl WakeRefusal {
             code,
             message: message.into(),
             retry_after: None,
+            answer: None,
         }
     }
 }

@@ -9,7 +9,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use torpor_api::http::{
-    CreateGrant, EdgeKeyList, Grant, GrantList, IssuedGrant, PatchService, RotateEdgeKey, Service,
+    CreateGrant, EdgeKeyList, Grant, GrantList, IssuedGrant, PatchService, RotateEdgeKey, Service, WakeFilter,
 };
 use torpor_api::{ErrorCode, GrantId, MachineId};
 
@@ -85,4 +85,23 @@ pub(super) async fn rotate(
 ) -> Result<Json<EdgeKeyList>, Failure> {
     let rotated = to_the_end(async move { Ok(fleet.rotate_edge_key(order.revoke_earlier).await?) });
     Ok(Json(rotated.await?))
+}
+
+pub(super) async fn wake_filter(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+) -> Result<Json<WakeFilter>, Failure> {
+    Ok(Json(fleet.wake_filter(&id).await?))
+}
+
+pub(super) async fn set_wake_filter(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Body(filter): Body<WakeFilter>,
+) -> Result<Json<WakeFilter>, Failure> {
+    let set = to_the_end(async move {
+        fleet.set_wake_filter(&id, filter).await?;
+        Ok(fleet.wake_filter(&id).await?)
+    });
+    Ok(Json(set.await?))
 }

@@ -5,6 +5,7 @@
 
 mod create;
 mod entry;
+mod filter;
 mod fork;
 mod grants;
 mod policy;
@@ -33,6 +34,7 @@ use super::lines::{LineBook, OpenLine};
 use super::registry::{Handle, Registry};
 use super::routes::Routes;
 use crate::edge::Edge;
+use crate::edge::filter::Filters;
 use crate::ssh::Door;
 use crate::store::{MachineRow, NewEvent, Store};
 use std::os::fd::OwnedFd;
@@ -124,6 +126,8 @@ pub struct Shared {
     pub(super) memory: Arc<Semaphore>,
     pub(super) edge: Edge,
     pub(super) lines: Arc<LineBook>,
+    pub(super) filters: Filters,
+    pub(super) wake_times: filter::WakeTimes,
     pub(super) leases_changed: Notify,
     pub(super) retention_changed: Notify,
     turns: turns::Turns,
@@ -167,6 +171,8 @@ impl Fleet {
                 memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
                 edge: Edge::default(),
                 lines: Arc::default(),
+                filters: Filters::default(),
+                wake_times: filter::WakeTimes::default(),
                 leases_changed: Notify::new(),
                 retention_changed: Notify::new(),
                 turns: turns::Turns::default(),
@@ -263,6 +269,21 @@ impl Fleet {
         source: WakeSource,
         cause: serde_json::Value,
     ) -> Result<Woken, MachineError> {
+        self.wake_within(self.shared.settings.wake_timeout, id, source, cause)
+            .await
+    }
+
+    /// Likewise, with a bound of the caller's own.
+    ///
+    /// # Errors
+    /// See [`Fleet::wake`].
+    pub async fn wake_within(
+        &self,
+        bound: Duration,
+        id: &MachineId,
+        source: WakeSource,
+        cause: serde_json::Value,
+    ) -> Result<Woken, MachineError> {
         if let Some(handle) = self.shared.registry.find(id)
             && let Some(pass) = handle.gate.enter(self.now_unix_ms())
         {
@@ -278,8 +299,12 @@ impl Fleet {
             cause,
             ..WakeOrder::by(source.actor())
         };
-        self.bounded(id, self.send(id, |reply| Command::Wake(order.clone(), reply)))
-            .await
+        self.bounded(
+            bound,
+            id,
+            self.send(id, |reply| Command::Wake(order.clone(), reply)),
+        )
+        .await
     }
 
     /// Get the machine running because its owner says so; answered when its execution is committed.
@@ -400,12 +425,12 @@ impl Fleet {
 
     async fn bounded<T>(
         &self,
+        bound: Duration,
         id: &MachineId,
         answer: impl Future<Output = Result<T, MachineError>>,
     ) -> Result<T, MachineError> {
-        let bound = self.shared.settings.wake_timeout;
         tokio::time::timeout(bound, answer).await.unwrap_or_else(|_| {
-            let message = format!("machine {id} was not awake within {} s", bound.as_secs());
+            let message = format!("machine {id} was not awake within {} s", bound.as_secs_f64());
             Err(MachineError::new(ErrorCode::ResumeTimeout, message))
         })
     }

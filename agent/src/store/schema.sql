@@ -106,6 +106,7 @@ CREATE TABLE grants (
 CREATE INDEX grants_machine ON grants (machine_id, port, seq);
 
 CREATE INDEX grants_revoked ON grants (expires_unix_ms) WHERE revoked_unix_ms IS NOT NULL;
+
 CREATE TABLE snapshots (
     seq              INTEGER PRIMARY KEY AUTOINCREMENT,
     id               TEXT    NOT NULL UNIQUE,
@@ -129,6 +130,7 @@ CREATE TABLE snapshots (
 ) STRICT;
 
 CREATE INDEX snapshots_machine ON snapshots (machine_id);
+
 CREATE INDEX snapshots_expires ON snapshots (expires_unix_ms) WHERE expires_unix_ms IS NOT NULL;
 
 CREATE TABLE snapshot_keys (
@@ -138,7 +140,6 @@ CREATE TABLE snapshot_keys (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX snapshot_keys_snapshot ON snapshot_keys (snapshot_id);
-
 
 CREATE TABLE machine_ssh_keys (
     machine_id      TEXT PRIMARY KEY REFERENCES machines (id) ON DELETE CASCADE,
@@ -165,4 +166,10 @@ CREATE TABLE ssh_accesses (
 ) STRICT, WITHOUT ROWID;
 
 CREATE INDEX ssh_accesses_machine ON ssh_accesses (machine_id);
+
 CREATE INDEX ssh_accesses_expiry ON ssh_accesses (expires_unix_ms);
+
+CREATE TABLE wake_filters (
+    machine_id TEXT PRIMARY KEY REFERENCES machines (id) ON DELETE CASCADE,
+    rules      TEXT NOT NULL
+) STRICT, WITHOUT ROWID;

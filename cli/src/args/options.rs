@@ -266,6 +266,9 @@ pub(crate) struct Lease {
 pub(crate) struct Wake {
     /// Name, machine ID or execution ID
     pub(crate) machine: String,
+    /// Requests that never wake it: a JSON file {"rules": [...]}, - for standard input
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["http", "ssh", "tcp", "api"])]
+    pub(crate) filter: Option<PathBuf>,
     /// HTTP and WebSocket requests
     #[arg(long, value_enum)]
     pub(crate) http: Option<Switch>,

@@ -3,8 +3,10 @@
 use super::{Context, path};
 use crate::args::{self, Switch};
 use crate::output::lease_text;
+use anyhow::Context as _;
 use http::Method;
-use torpor_api::http::{PatchWake, SetLease, WakePolicy};
+use std::path::Path;
+use torpor_api::http::{PatchWake, SetLease, WakeFilter, WakePolicy};
 
 /// Shows, sets or takes away the lease.
 pub(super) async fn lease(context: &Context, asked: &args::Lease) -> anyhow::Result<u8> {
@@ -32,6 +34,9 @@ pub(super) async fn lease(context: &Context, asked: &args::Lease) -> anyhow::Res
 /// Shows or changes the wake switches.
 pub(super) async fn wake(context: &Context, asked: &args::Wake) -> anyhow::Result<u8> {
     let on = |switch: Option<Switch>| switch.map(|switch| switch == Switch::On);
+    if let Some(file) = &asked.filter {
+        return filter(context, &asked.machine, file).await;
+    }
     let patch = PatchWake {
         http: on(asked.http),
         ssh: on(asked.ssh),
@@ -52,6 +57,22 @@ pub(super) async fn wake(context: &Context, asked: &args::Wake) -> anyhow::Resul
             crate::output::print_line(&wake_text(machine.wake))?;
         }
     }
+    Ok(0)
+}
+
+/// Sets which requests never wake a machine.
+async fn filter(context: &Context, machine: &str, file: &Path) -> anyhow::Result<u8> {
+    let text = if file == Path::new("-") {
+        std::io::read_to_string(std::io::stdin())
+    } else {
+        std::fs::read_to_string(file)
+    };
+    let text = text.with_context(|| format!("cannot read {}", file.display()))?;
+    let rules: WakeFilter =
+        serde_json::from_str(&text).with_context(|| format!("{} is no wake filter", file.display()))?;
+    let path = format!("{}/wake/filter", path(machine));
+    let answer = context.client.call_with(Method::PUT, &path, &rules).await?;
+    context.show(&answer, || Ok(format!("{} rules\n", rules.rules.len())))?;
     Ok(0)
 }
 

@@ -17,11 +17,7 @@ impl Fleet {
         let state = live
             .and_then(|live| live.state)
             .unwrap_or_else(|| row.committed.at_rest());
-        let asleep = !matches!(
-            state,
-            State::Running | State::Capturing | State::Creating | State::Starting | State::Waking
-        );
-        if asleep && !source.allowed_by(row.wake) {
+        if is_asleep(state) && !source.allowed_by(row.wake) {
             let message = format!(
                 "machine {id} is asleep, and its wake switch for {} is off",
                 source.actor()
@@ -55,4 +51,12 @@ impl Fleet {
     pub fn ssh_door(&self) -> Option<&Arc<Door>> {
         self.shared.ssh.get()
     }
+}
+
+/// Whether a request would have to wake a machine in this state.
+pub(super) fn is_asleep(state: State) -> bool {
+    !matches!(
+        state,
+        State::Running | State::Capturing | State::Creating | State::Starting | State::Waking
+    )
 }

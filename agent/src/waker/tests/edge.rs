@@ -233,3 +233,55 @@ async fn a_service_with_an_api_key_takes_the_apis_token_alone_and_keeps_it_from_
         "{answer}"
     );
 }
+
+#[tokio::test]
+async fn a_filtered_request_is_answered_while_the_machine_sleeps_and_passes_while_it_runs() {
+    let world = World::new();
+    let (id, port, _proxy) = guarded(&world, ServiceAuth::None).await;
+    let filter = serde_json::json!({ "rules": [
+        { "path": "/health", "answer": { "status": 200, "content_type": "text/plain", "body": "asleep" } },
+        { "user_agent": "scanner", "answer": { "status": 403 } },
+    ]});
+    let filter = serde_json::from_value(filter).unwrap();
+    world.fleet.set_wake_filter(&id, filter).await.unwrap();
+    assert!(ask(port, "/health", "").await.contains("GET /health"));
+    world.pause(&id).await.unwrap();
+    let answer = ask(port, "/health?x", "").await;
+    assert!(
+        answer.starts_with("HTTP/1.1 200") && answer.ends_with("asleep"),
+        "{answer}"
+    );
+    let answer = ask(port, "/", "user-agent: Mozilla Scanner\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 403"), "{answer}");
+    assert_eq!(world.status(&id).await, MachineStatus::Paused);
+    assert!(ask(port, "/", "").await.contains("GET / HTTP/1.1"));
+    assert!(world.fleet.usual_wake().is_some());
+}
+
+#[tokio::test]
+async fn a_service_has_a_wake_deadline_of_its_own() {
+    let world = World::new();
+    let (id, port, _proxy) = guarded(&world, ServiceAuth::None).await;
+    let patch = PatchService {
+        wake_deadline_ms: Some(100),
+        ..PatchService::default()
+    };
+    let service = world.fleet.patch_service(&id, "80", patch).await.unwrap();
+    let route = crate::store::ServiceRoute {
+        listen_port: port,
+        ..crate::store::ServiceRoute::of(&id, &service)
+    };
+    world.fleet.routes().open(route).unwrap();
+    world.pause(&id).await.unwrap();
+    let hold = world
+        .host
+        .faults()
+        .hold(crate::machine::simulated::Point::Restore);
+    let answer = ask(port, "/", "").await;
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    assert!(
+        answer.contains("machine_resume_timeout") && answer.contains("retry-after: 5\r\n"),
+        "{answer}"
+    );
+    hold.release();
+}
