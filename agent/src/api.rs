@@ -15,18 +15,22 @@ mod events;
 mod exec;
 mod extract;
 mod facade;
+mod files;
 mod host;
 mod lease;
 mod machines;
 pub mod morph;
 pub mod nullspace;
+mod processes;
 mod request_id;
 mod serve;
 mod services;
 mod snapshots;
 mod ssh;
+mod stream;
 mod table;
 mod validate;
+mod why;
 
 pub use auth::{Token, TokenError};
 pub use serve::{ServeError, bind_unix, serve_tcp, serve_unix};
@@ -50,6 +54,33 @@ pub fn router_with_token(fleet: Fleet, token: Token) -> Router {
     let lock = auth::Lock { token, open: OPEN };
     let locked = routes(fleet).layer(middleware::from_fn_with_state(lock, auth::require));
     stamped(locked, request_id::native)
+}
+
+fn inside_routes() -> Router<Fleet> {
+    Router::new()
+        .route(
+            "/v1/machines/{id}/exec/stream",
+            get(stream::web_socket).post(stream::server_sent),
+        )
+        .route("/v1/machines/{id}/processes", get(processes::list))
+        .route("/v1/machines/{id}/processes/{pid}/logs", get(processes::logs))
+        .route("/v1/machines/{id}/processes/{pid}/stdin", post(processes::stdin))
+        .route("/v1/machines/{id}/processes/{pid}/kill", post(processes::kill))
+        .route(
+            "/v1/machines/{id}/processes/{pid}/resize",
+            post(processes::resize),
+        )
+        .route("/v1/machines/{id}/metrics", get(processes::metrics))
+        .route("/v1/machines/{id}/files", get(files::download).put(files::upload))
+        .route("/v1/machines/{id}/files/list", post(files::list))
+        .route("/v1/machines/{id}/files/stat", post(files::stat))
+        .route("/v1/machines/{id}/files/mkdir", post(files::make_dir))
+        .route("/v1/machines/{id}/files/remove", post(files::remove))
+        .route("/v1/machines/{id}/files/rename", post(files::rename))
+        .route("/v1/machines/{id}/files/attributes", post(files::set_attributes))
+        .route("/v1/machines/{id}/why", get(why::why))
+        .route("/v1/machines/{id}/events/stream", get(events::stream_of_machine))
+        .route("/v1/events/stream", get(events::stream_of_host))
 }
 
 fn routes(fleet: Fleet) -> Router {
@@ -95,6 +126,7 @@ fn routes(fleet: Fleet) -> Router {
             "/v1/ssh-keys/{id}",
             get(ssh::key).patch(ssh::rename_key).delete(ssh::remove_key),
         )
+        .merge(inside_routes())
         .route("/v1/machines/{id}/logs", get(machines::logs))
         .route("/v1/machines/{id}/events", get(events::of_machine))
         .route("/v1/events", get(events::of_host))

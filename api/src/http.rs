@@ -1,10 +1,12 @@
 //! Bodies of the native HTTP API under `/v1`. Requests reject unknown fields.
 
 mod edge;
+mod inside;
 mod ssh;
 mod wake_filter;
 
 pub use edge::*;
+pub use inside::*;
 pub use ssh::*;
 pub use wake_filter::*;
 

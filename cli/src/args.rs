@@ -4,8 +4,8 @@ mod options;
 mod ssh;
 
 pub(crate) use options::{
-    Create, Doctor, Events, Exec, Expose, Fork, Hide, Lease, Logs, OneMachine, Probe, Resume, Rm, Snapshots,
-    Switch, Traffic, Url, Wake,
+    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Kill, Lease, Logs, OneMachine, Probe, Resume, Rm,
+    Snapshots, Switch, Traffic, Url, Wake,
 };
 
 pub(crate) use ssh::{Ssh, SshKeys};
@@ -151,6 +151,23 @@ Examples:
 
 The exit code is the command's; 124 after --timeout, 125 if torpord refused, 126 if it could not be started.")]
     Exec(Exec),
+    /// List the processes that commands started in a machine; does not wake it
+    #[command(
+        after_help = "Examples:\n  torpor ps web\n  torpor ps web -o json | jq .processes[0].exit_code"
+    )]
+    Ps(OneMachine),
+    /// Signal a process in a machine, and everything that it started
+    #[command(after_help = "Examples:\n  torpor kill web 412\n  torpor kill web 412 --signal 15")]
+    Kill(Kill),
+    /// Copy a file into a machine or out of it, waking it if need be
+    #[command(after_help = "\
+Examples:
+  torpor cp model.bin web:/workspace/model.bin
+  torpor cp web:/var/log/app.log .")]
+    Cp(Cp),
+    /// Say why a machine is awake or asleep, and who woke it; does not wake it
+    #[command(after_help = "Examples:\n  torpor why web")]
+    Why(OneMachine),
     /// Print where a machine's services are reached
     #[command(
         after_help = "Examples:\n  curl $(torpor url web)\n  torpor url web 8080\n  torpor url web postgres"

@@ -7,13 +7,15 @@ use crate::args::Global;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use hyper::body::{Body, Frame, Incoming};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io;
 use std::path::PathBuf;
+use std::pin::Pin;
+use std::task::Poll;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use torpor_api::{ApiError, ErrorCode};
@@ -99,6 +101,45 @@ enum Endpoint {
     Tcp { authority: String },
 }
 
+/// A body on its way here.
+pub(crate) struct Contents<'a> {
+    client: &'a Client,
+    body: Incoming,
+}
+
+impl Contents<'_> {
+    /// The next bytes; `None` at the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<Bytes>, CallError> {
+        while let Some(frame) = self.body.frame().await {
+            let frame = frame.map_err(|source| self.client.broke_off(source))?;
+            if let Ok(bytes) = frame.into_data() {
+                return Ok(Some(bytes));
+            }
+        }
+        Ok(None)
+    }
+}
+
+type NextPiece = dyn FnMut() -> io::Result<Option<Bytes>> + Send + Sync;
+
+/// A body that is read when the connection has room for it.
+struct Pieces(Box<NextPiece>);
+
+impl Body for Pieces {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut std::task::Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
+        Poll::Ready(match (self.0)() {
+            Ok(piece) => piece.map(|bytes| Ok(Frame::data(bytes))),
+            Err(error) => Some(Err(error)),
+        })
+    }
+}
+
 /// Where torpord is and how to get in.
 pub(crate) struct Client {
     endpoint: Endpoint,
@@ -156,12 +197,40 @@ impl Client {
         serde_json::from_slice(body).map_err(|_| self.not_torpord(StatusCode::OK, body))
     }
 
+    /// Sends a request without a body; answers with the body of a 2xx as it comes.
+    pub(crate) async fn open(&self, method: Method, path: &str) -> Result<Contents<'_>, CallError> {
+        let request = self.request(method, path, None)?.map(Full::boxed);
+        let response = self.accepted(self.exchange(request).await?).await?;
+        Ok(Contents {
+            client: self,
+            body: response.into_body(),
+        })
+    }
+
+    /// Sends a body piece by piece; answers with the body of a 2xx. A piece that can't be read breaks the call off.
+    pub(crate) async fn upload(
+        &self,
+        path: &str,
+        pieces: impl FnMut() -> io::Result<Option<Bytes>> + Send + Sync + 'static,
+    ) -> Result<Bytes, CallError> {
+        let request = self.request(Method::PUT, path, None)?;
+        let request = request.map(|_| Pieces(Box::new(pieces)).boxed());
+        let response = self.accepted(self.exchange(request).await?).await?;
+        self.collect(response).await
+    }
+
     async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Bytes, CallError> {
-        let broke_off = |source| CallError::BrokeOff {
-            at: self.at(),
-            source,
-        };
-        let request = self.request(method, path, body)?;
+        let request = self.request(method, path, body)?.map(Full::boxed);
+        let response = self.accepted(self.exchange(request).await?).await?;
+        self.collect(response).await
+    }
+
+    async fn exchange<B>(&self, request: Request<B>) -> Result<Response<Incoming>, CallError>
+    where
+        B: Body + Send + 'static,
+        B::Data: Send,
+        B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
         let unreachable = |source| CallError::Unreachable {
             at: self.at(),
             source,
@@ -179,21 +248,32 @@ impl Client {
                 exchange(TcpStream::connect(address).await.map_err(unreachable)?, request).await
             }
         };
-        let response = response.map_err(broke_off)?;
-        let status = response.status();
-        let body = response
-            .into_body()
-            .collect()
-            .await
-            .map_err(broke_off)?
-            .to_bytes();
-        if status.is_success() {
-            return Ok(body);
+        response.map_err(|source| self.broke_off(source))
+    }
+
+    fn broke_off(&self, source: hyper::Error) -> CallError {
+        CallError::BrokeOff {
+            at: self.at(),
+            source,
         }
+    }
+
+    /// A 2xx; anything else is an error.
+    async fn accepted(&self, response: Response<Incoming>) -> Result<Response<Incoming>, CallError> {
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let body = self.collect(response).await?;
         match serde_json::from_slice::<ApiError>(&body) {
             Ok(error) => Err(CallError::Api(error)),
             Err(_) => Err(self.not_torpord(status, &body)),
         }
+    }
+
+    async fn collect(&self, response: Response<Incoming>) -> Result<Bytes, CallError> {
+        let body = response.into_body().collect().await;
+        Ok(body.map_err(|source| self.broke_off(source))?.to_bytes())
     }
 
     fn request(
@@ -249,9 +329,12 @@ fn read_token(path: &PathBuf) -> Result<String, CallError> {
     Ok(text.trim().to_owned())
 }
 
-async fn exchange<S>(stream: S, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, hyper::Error>
+async fn exchange<S, B>(stream: S, request: Request<B>) -> Result<Response<Incoming>, hyper::Error>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    B: Body + Send + 'static,
+    B::Data: Send,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     // Ends with the connection; its errors reach the request.

@@ -5,6 +5,7 @@ mod env;
 mod events;
 mod exec;
 mod host;
+mod inside;
 mod machines;
 mod policy;
 mod services;
@@ -71,6 +72,10 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Command::Snapshot(snapshots) => snapshots::run(&context, snapshots).await,
         Command::Fork(fork) => snapshots::fork(&context, &fork).await,
         Command::Exec(exec) => exec::run(&context, exec).await,
+        Command::Ps(one) => inside::ps(&context, &one.machine).await,
+        Command::Kill(kill) => inside::kill(&context, &kill).await,
+        Command::Cp(cp) => inside::cp(&context, &cp).await,
+        Command::Why(one) => inside::why(&context, &one.machine).await,
         Command::Url(url) => services::url(&context, &url).await,
         Command::Expose(expose) => services::expose(&context, expose).await,
         Command::Hide(hide) => services::hide(&context, &hide).await,

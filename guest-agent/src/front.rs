@@ -26,8 +26,18 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// A request is read in steps of this size, so that a header that lies costs no memory.
 const READ_BYTES: usize = 16 << 10;
 
+/// Who connects to a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The host, who may ask for everything.
+    Host,
+    /// A process of the guest, whoever's it is.
+    Inside,
+}
+
 /// A connection whose request is not complete.
 struct Pending {
+    origin: Origin,
     socket: UnixStream,
     bytes: Vec<u8>,
     deadline: Instant,
@@ -43,7 +53,7 @@ enum Progress {
 
 /// Accepts for ever.
 pub struct Front {
-    listener: Listener,
+    listeners: Vec<(Listener, Origin)>,
     server: Arc<Server>,
     request_timeout: Duration,
     pending: Vec<Pending>,
@@ -51,10 +61,10 @@ pub struct Front {
 }
 
 impl Front {
-    /// Serve what connects to this listener.
-    pub fn new(listener: Listener, server: Arc<Server>) -> Self {
+    /// Serve what connects to these listeners.
+    pub fn new(listeners: Vec<(Listener, Origin)>, server: Arc<Server>) -> Self {
         Self {
-            listener,
+            listeners,
             server,
             request_timeout: REQUEST_TIMEOUT,
             pending: Vec::new(),
@@ -90,13 +100,15 @@ impl Front {
                 Progress::Gone => {}
             }
         }
-        if accepts {
-            self.accept();
+        for (index, accepts) in accepts.into_iter().enumerate() {
+            if accepts {
+                self.accept(index);
+            }
         }
     }
 
     /// Wait for something to do: a connection to accept, and which of the pending ones to read.
-    fn wait(&mut self) -> (bool, Vec<bool>) {
+    fn wait(&mut self) -> (Vec<bool>, Vec<bool>) {
         let now = Instant::now();
         self.accept_after = self.accept_after.filter(|after| *after > now);
         let next = self
@@ -114,24 +126,33 @@ impl Front {
         } else {
             PollFlags::POLLIN
         };
-        let mut fds = vec![PollFd::new(self.listener.as_fd(), accepting)];
+        let listeners = self.listeners.iter();
+        let mut fds: Vec<_> = listeners
+            .map(|(listener, _)| PollFd::new(listener.as_fd(), accepting))
+            .collect();
         fds.extend(
             self.pending
                 .iter()
                 .map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN)),
         );
         let _ = poll(&mut fds, timeout);
-        let mut ready = fds.iter().map(|fd| fd.any().unwrap_or(false));
-        (ready.next().unwrap_or(false), ready.collect())
+        let ready = |fds: &[PollFd<'_>]| fds.iter().map(|fd| fd.any().unwrap_or(false)).collect();
+        let (listening, pending) = fds.split_at(self.listeners.len());
+        (ready(listening), ready(pending))
     }
 
-    fn accept(&mut self) {
-        match self.listener.accept() {
+    fn accept(&mut self, index: usize) {
+        let Some((listener, origin)) = self.listeners.get(index) else {
+            return;
+        };
+        let origin = *origin;
+        match listener.accept() {
             Ok(socket) => {
                 if self.pending.len() >= MAX_PENDING {
                     self.pending.remove(0);
                 }
                 let mut connection = Pending {
+                    origin,
                     socket,
                     bytes: Vec::new(),
                     deadline: Instant::now() + self.request_timeout,
@@ -157,7 +178,10 @@ impl Front {
         // A panic is logged by the hook; the peer sees its connection close.
         let _ = catch_unwind(AssertUnwindSafe(move || {
             let payload = connection.bytes.get(HEADER_LEN..).unwrap_or_default();
-            server.serve(connection.socket, payload);
+            match connection.origin {
+                Origin::Host => server.serve(connection.socket, payload),
+                Origin::Inside => server.serve_inside(connection.socket, payload),
+            }
         }));
     }
 }

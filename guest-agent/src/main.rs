@@ -30,7 +30,7 @@ mod usage;
 mod wire;
 
 use config::{Action, Address, Config};
-use front::Front;
+use front::{Front, Origin};
 use log::Level;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serve::Server;
@@ -57,6 +57,16 @@ fn main() -> ExitCode {
         .map(|arg| arg.to_string_lossy().into_owned());
     match config::parse(args, is_pid_1) {
         Ok(Action::Serve(config)) => serve(&config),
+        Ok(Action::Ask { socket, request }) => match hold::ask(&socket, &request) {
+            Ok(answer) => {
+                println!("{answer}");
+                ExitCode::SUCCESS
+            }
+            Err(message) => {
+                eprintln!("torpor-guest: {message}");
+                ExitCode::FAILURE
+            }
+        },
         Ok(Action::Help) => {
             print!("{}", config::USAGE);
             ExitCode::SUCCESS
@@ -120,8 +130,22 @@ fn start(config: &Config) -> io::Result<(supervise::Supervisor, Option<Front>)> 
     let _ = nix::sys::prctl::set_child_subreaper(true);
     let open_files = raise_open_files()?;
     let server = Arc::new(Server::new(open_files, Shutdown::new()?));
+    let mut listeners = Vec::new();
+    match Listener::for_everybody(&config.run_dir, hold::SOCKET) {
+        Ok(inside) => listeners.push((inside, Origin::Inside)),
+        Err(error) => log::line(
+            Level::Warning,
+            format_args!(
+                "no hold can be taken: cannot listen in {}: {error}",
+                config.run_dir.display()
+            ),
+        ),
+    }
     let front = match listener {
-        Ok(listener) => Some(Front::new(listener, Arc::clone(&server))),
+        Ok(listener) => {
+            listeners.insert(0, (listener, Origin::Host));
+            Some(Front::new(listeners, Arc::clone(&server)))
+        }
         // An init without a host to talk to is still an init; a service without one is nothing.
         Err(error) if config.init => {
             log::line(

@@ -6,9 +6,15 @@ use crate::machine::fleet::Fleet;
 use crate::store::EventFilter;
 use axum::Json;
 use axum::extract::State;
+use axum::extract::ws::rejection::WebSocketUpgradeRejection;
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::response::sse::{self, Sse};
+use axum::response::{IntoResponse, Response};
+use futures_util::{SinkExt, Stream, StreamExt};
 use serde::Deserialize;
+use std::convert::Infallible;
 use torpor_api::MachineId;
-use torpor_api::http::EventList;
+use torpor_api::http::{Event, EventList};
 
 const DEFAULT_PAGE: u32 = 100;
 const MAX_PAGE: u32 = 1000;
@@ -53,4 +59,95 @@ async fn read(fleet: &Fleet, machine: Option<MachineId>, page: &Page) -> Result<
         .await?;
     let next_offset = events.last().map_or(page.after, |event| event.offset);
     Ok(Json(EventList { events, next_offset }))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct From {
+    after: Option<u64>,
+}
+
+pub(super) async fn stream_of_machine(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Query(from): Query<From>,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Result<Response, Failure> {
+    stream(fleet, Some(id), from, upgrade.ok()).await
+}
+
+pub(super) async fn stream_of_host(
+    State(fleet): State<Fleet>,
+    Query(from): Query<From>,
+    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
+) -> Result<Response, Failure> {
+    stream(fleet, None, from, upgrade.ok()).await
+}
+
+/// Events as they happen: over WebSocket if the client asks for that, else server-sent.
+async fn stream(
+    fleet: Fleet,
+    machine: Option<MachineId>,
+    from: From,
+    upgrade: Option<WebSocketUpgrade>,
+) -> Result<Response, Failure> {
+    let events = Box::pin(follow(fleet, machine, from.after.unwrap_or(0)));
+    Ok(match upgrade {
+        Some(upgrade) => upgrade.on_upgrade(|socket| async move {
+            // A client that is gone needs no answer.
+            let _ = send(socket, events).await;
+        }),
+        None => {
+            let events = events.map(|event| {
+                let sent = sse::Event::default()
+                    .id(event.offset.to_string())
+                    .event(&event.kind);
+                Ok::<_, Infallible>(sent.data(serde_json::to_string(&event).unwrap_or_default()))
+            });
+            Sse::new(events)
+                .keep_alive(sse::KeepAlive::default())
+                .into_response()
+        }
+    })
+}
+
+/// Every event with a larger offset, those that are to come too.
+fn follow(fleet: Fleet, machine: Option<MachineId>, after: u64) -> impl Stream<Item = Event> + Send {
+    let commits = fleet.store().event_changes();
+    let begin = (fleet, machine, after, commits);
+    futures_util::stream::unfold(begin, |(fleet, machine, after, mut commits)| async move {
+        loop {
+            // Marked as seen before the question, so that nothing between the two is missed.
+            commits.borrow_and_update();
+            let filter = EventFilter {
+                machine: machine.clone(),
+                after,
+                limit: DEFAULT_PAGE,
+            };
+            let events = fleet.store().events(filter).await.ok()?;
+            if let Some(last) = events.last().map(|event| event.offset) {
+                let events = futures_util::stream::iter(events);
+                return Some((events, (fleet, machine, last, commits)));
+            }
+            commits.changed().await.ok()?;
+        }
+    })
+    .flatten()
+}
+
+async fn send(socket: WebSocket, mut events: impl Stream<Item = Event> + Unpin) -> Result<(), axum::Error> {
+    let (mut sink, mut incoming) = socket.split();
+    loop {
+        tokio::select! {
+            event = events.next() => {
+                let Some(event) = event else { return sink.close().await };
+                let text = serde_json::to_string(&event).unwrap_or_default();
+                sink.send(Message::Text(text.into())).await?;
+            }
+            // Nothing is expected of the client but its end.
+            message = incoming.next() => if !matches!(message, Some(Ok(Message::Ping(_) | Message::Pong(_)))) {
+                return sink.close().await;
+            },
+        }
+    }
 }

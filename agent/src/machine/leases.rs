@@ -6,7 +6,7 @@
 //! out.
 
 use super::driver::PauseOrder;
-use super::fleet::Fleet;
+use super::fleet::{Fleet, WakeSource};
 use crate::store::DueLease;
 use std::collections::HashMap;
 use std::time::Duration;
@@ -15,6 +15,8 @@ use torpor_api::{ErrorCode, LeaseAction, LeaseMode, MachineId};
 /// A lease that could not be carried out is looked at again after this long.
 pub const RETRY: Duration = Duration::from_secs(30);
 const CLAIMED_AT_ONCE: u32 = 64;
+/// How long a guest may take to say whether it is held.
+const HOLD_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Carry out leases for as long as the process lives.
 pub async fn run(fleet: Fleet) {
@@ -107,7 +109,37 @@ fn slid_to(fleet: &Fleet, lease: &DueLease, seen_bytes: &mut HashMap<MachineId, 
     (until > fleet.now_unix_ms()).then_some(until)
 }
 
+/// Put a sliding lease off for as long as code inside holds the machine; whether it was.
+async fn is_held(fleet: &Fleet, lease: &DueLease) -> bool {
+    if lease.policy.mode != LeaseMode::Sliding {
+        return false;
+    }
+    let inside = fleet.inside(lease.machine.clone(), WakeSource::Api);
+    // A guest that does not answer holds nothing.
+    let Ok(Ok(Some(hold))) = tokio::time::timeout(HOLD_PATIENCE, inside.hold()).await else {
+        return false;
+    };
+    let window = lease.policy.seconds.saturating_mul(1000);
+    // Asked again before its end: it may be released, or taken anew.
+    let until = fleet
+        .now_unix_ms()
+        .saturating_add(hold.remaining_ms.min(window).max(1));
+    let moved = fleet
+        .shared
+        .store
+        .slide_lease(lease.machine.clone(), lease.deadline_unix_ms, until)
+        .await;
+    if let Err(error) = &moved {
+        tracing::warn!(machine_id = %lease.machine, %error, "held lease not moved");
+    }
+    fleet.shared.leases_changed.notify_one();
+    moved.is_ok()
+}
+
 async fn carry_out(fleet: Fleet, lease: DueLease) {
+    if is_held(&fleet, &lease).await {
+        return;
+    }
     let order = PauseOrder {
         actor: "lease",
         only_if_deadline_unix_ms: Some(lease.deadline_unix_ms),

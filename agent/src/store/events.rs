@@ -69,6 +69,27 @@ pub(super) fn insert(connection: &Connection, event: &NewEvent) -> Result<(), St
 }
 
 impl Store {
+    /// The last events of a machine, newest first.
+    ///
+    /// # Errors
+    /// SQLite refuses, or a row cannot be decoded.
+    pub async fn last_events(&self, machine: MachineId, limit: u32) -> Result<Vec<Event>, StoreError> {
+        self.read("read the last events", move |tx| {
+            let operation = sql("read the last events");
+            let text = "SELECT * FROM events WHERE machine_id = ?1 ORDER BY offset DESC LIMIT ?2";
+            let mut statement = tx.prepare_cached(text).map_err(&operation)?;
+            let mut rows = statement
+                .query(params![machine.as_str(), limit])
+                .map_err(&operation)?;
+            let mut events = Vec::new();
+            while let Some(row) = rows.next().map_err(&operation)? {
+                events.push(decode(row)?);
+            }
+            Ok(events)
+        })
+        .await
+    }
+
     /// Append one event.
     ///
     /// # Errors

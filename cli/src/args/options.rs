@@ -290,6 +290,25 @@ pub(crate) enum Switch {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Kill {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// PID in the machine
+    pub(crate) pid: u32,
+    /// Number of the signal
+    #[arg(long, short, default_value_t = 9)]
+    pub(crate) signal: i32,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Cp {
+    /// A file here, or MACHINE:/PATH
+    pub(crate) from: String,
+    /// MACHINE:/PATH, or a file or directory here
+    pub(crate) to: String,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Events {
     /// Only this machine's
     pub(crate) machine: Option<String>,

@@ -4,13 +4,10 @@ use super::{Context, path};
 use crate::args::{Events, Format};
 use crate::output;
 use http::Method;
-use std::time::Duration;
 use torpor_api::http::{Event, EventList};
 
 /// Events asked for at a time.
 const PAGE: usize = 500;
-/// Pause between two questions of `--follow`; the API does not hold a question until something happens.
-const FOLLOW_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Prints events from an offset to the end, and with `--follow` on from there.
 pub(super) async fn run(context: &Context, asked: &Events) -> anyhow::Result<u8> {
@@ -33,9 +30,26 @@ pub(super) async fn run(context: &Context, asked: &Events) -> anyhow::Result<u8>
             return Ok(0);
         }
         if is_last {
-            tokio::time::sleep(FOLLOW_INTERVAL).await;
+            return follow(context, &base, after).await;
         }
     }
+}
+
+/// Prints events as they happen, for as long as torpord tells of them.
+async fn follow(context: &Context, base: &str, after: u64) -> anyhow::Result<u8> {
+    let route = format!("{base}/stream?after={after}");
+    let mut stream = context.client.open(Method::GET, &route).await?;
+    let mut text = Vec::new();
+    while let Some(bytes) = stream.next().await? {
+        text.extend_from_slice(&bytes);
+        while let Some(end) = text.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = text.drain(..=end).collect();
+            if let Some(data) = line.strip_prefix(b"data: ") {
+                print(context.format, &[serde_json::from_slice(data)?])?;
+            }
+        }
+    }
+    Ok(0)
 }
 
 fn print(format: Format, events: &[Event]) -> anyhow::Result<()> {

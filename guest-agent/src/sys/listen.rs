@@ -37,6 +37,15 @@ impl Listener {
         Ok(Self(listener.into()))
     }
 
+    /// Listen on a unix socket of this name that every user may connect to.
+    pub fn for_everybody(directory: &Path, name: &str) -> io::Result<Self> {
+        std::fs::create_dir_all(directory)?;
+        let path = directory.join(name);
+        let listener = Self::unix(&path)?;
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o666))?;
+        Ok(listener)
+    }
+
     /// Take a connection, if one is there. It is of either family, and `UnixStream` is but the owner
     /// whose calls (read, write, time-outs, shutdown) every stream socket has.
     pub fn accept(&self) -> io::Result<UnixStream> {

@@ -328,5 +328,26 @@ fn a_hold_is_taken_shown_and_released() {
     ask(&hold);
     let held = ask(&GuestRequest::HoldState).unwrap();
     assert!(held.remaining_ms <= 600_000 && held.remaining_ms > 500_000 && held.reason == "a build");
+    let inside = |words: &[&str]| {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_torpor-guest"))
+            .arg("--run-dir")
+            .arg(agent.path("run"))
+            .args(words)
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(inside(&["held"]).ends_with(": a build\n"));
+    assert_eq!(
+        inside(&["hold", "2m", "a", "test"]),
+        "held for 120 s more: a test\n"
+    );
+    assert_eq!(ask(&GuestRequest::HoldState).unwrap().reason, "a test");
+    assert_eq!(inside(&["release"]), "not held\n");
+    assert_eq!(ask(&GuestRequest::HoldState), None);
     assert_eq!(ask(&GuestRequest::Release), None);
+    // The socket for everybody is not the host's.
+    let mut stranger = Connection::to(&agent.path("run/hold.sock")).request(&GuestRequest::Processes);
+    assert_eq!(stranger.receive().unwrap().0, FrameType::Error);
 }

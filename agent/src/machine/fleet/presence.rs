@@ -142,9 +142,16 @@ impl Fleet {
         }
     }
 
+    /// Does a command run in the machine on somebody's behalf?
+    #[must_use]
+    pub fn is_at_work(&self, id: &MachineId) -> bool {
+        let handle = self.shared.registry.find(id);
+        handle.is_some_and(|handle| handle.gate.is_at_work())
+    }
+
     fn try_presence(&self, id: &MachineId) -> Option<Presence> {
         let handle = self.shared.registry.find(id)?;
-        let pass = handle.gate.enter(self.now_unix_ms())?;
+        let pass = handle.gate.enter_quietly()?;
         Some(Presence::of(pass, handle.gate))
     }
 }
