@@ -4,8 +4,8 @@ mod options;
 mod ssh;
 
 pub(crate) use options::{
-    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Kill, Lease, Logs, OneMachine, Probe, Resume, Rm,
-    Snapshots, Switch, Traffic, Url, Wake,
+    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Kill, Lease, Logs, OneMachine, Probe, Resume,
+    Rm, Snapshots, Switch, Templates, Traffic, Url, Wake,
 };
 
 pub(crate) use ssh::{Ssh, SshKeys};
@@ -203,6 +203,16 @@ Examples:
         after_help = "Examples:\n  torpor events\n  torpor events web -f\n  torpor events --after 120 -o json"
     )]
     Events(Events),
+    /// List, import and delete templates
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  torpor template ls
+  skopeo copy docker://docker.io/library/python:3.12-slim oci:py:latest && torpor template import py --name python
+  torpor template rm python"
+    )]
+    Template(Templates),
     /// List the templates of this host
     #[command(after_help = "Examples:\n  torpor templates")]
     Templates,

@@ -11,6 +11,7 @@ mod policy;
 mod services;
 mod snapshots;
 mod ssh;
+mod templates;
 
 use crate::args::{Arguments, Command, Format};
 use crate::client::{CallError, Client, segment};
@@ -86,6 +87,7 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Command::Env { sdk } => env::run(&context, &global, sdk).await,
         Command::Ssh(ssh) => ssh::connect(&context, ssh).await,
         Command::SshKeys(keys) => ssh::keys(&context, keys).await,
+        Command::Template(command) => templates::run(&context, command).await,
         Command::Templates => host::templates(&context).await,
         Command::Status => host::status(&context).await,
         // Answered above, since they need no torpord.

@@ -7,6 +7,7 @@
 //! | `client` | one HTTP call to torpord over its unix socket or TCP |
 //! | `output` | tables, times, and stdout that may be closed |
 //! | `commands` | one function per command |
+//! | `template` | templates made from tarballs, directories and images |
 //!
 //! One thread, one call at a time; every command ends in an exit code that `main` alone hands over.
 
@@ -17,6 +18,7 @@ mod client;
 mod commands;
 mod output;
 mod parse;
+mod template;
 
 use args::Arguments;
 use clap::Parser;

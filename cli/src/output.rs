@@ -184,6 +184,21 @@ pub(crate) fn spinner(what: &str) -> ProgressBar {
     bar
 }
 
+/// A bar over bytes.
+pub(crate) fn bar(what: &str, n_bytes: u64) -> ProgressBar {
+    let bar = ProgressBar::new(n_bytes);
+    if let Ok(style) = ProgressStyle::with_template("{msg} [{wide_bar}] {bytes}/{total_bytes} {eta}") {
+        bar.set_style(style);
+    }
+    bar.set_message(what.to_owned());
+    bar
+}
+
+/// Something that does not stop a command.
+pub(crate) fn warn(what: &str) {
+    let _ = writeln!(io::stderr().lock(), "warning: {what}");
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

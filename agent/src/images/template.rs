@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use sha2::{Digest as _, Sha256};
 use torpor_api::MachineName;
+use torpor_api::limits::MAX_EXEC_BYTES;
 
 use crate::machine::hypervisor::TemplateInfo;
 
@@ -80,6 +81,12 @@ struct Description {
     id: String,
     #[serde(default)]
     sha256: BTreeMap<String, String>,
+    #[serde(default)]
+    env: BTreeMap<String, String>,
+    #[serde(default)]
+    workdir: Option<String>,
+    #[serde(default)]
+    entrypoint: Vec<String>,
 }
 
 /// A template that can be used.
@@ -207,6 +214,9 @@ fn load(dir: &Path, name: &MachineName) -> Result<Template, TemplateError> {
             name: description.name.clone(),
             digest: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
             disk_mib,
+            env: description.env,
+            cwd: description.workdir,
+            entrypoint: description.entrypoint,
             description: summary
                 .into_iter()
                 .find(|s| !s.is_empty())
@@ -217,6 +227,37 @@ fn load(dir: &Path, name: &MachineName) -> Result<Template, TemplateError> {
         rootfs,
         cmdline_extra: description.cmdline_extra,
     })
+}
+
+/// What machines begin their commands with has the bounds of an exec.
+fn check_commands(description: &Description) -> Result<(), String> {
+    let env = description.env.iter().flat_map(|(key, value)| [key, value]);
+    let texts = env.chain(&description.entrypoint).chain(&description.workdir);
+    let mut len_bytes = 0;
+    for text in texts {
+        if text.contains('\0') {
+            return Err("a NUL character is in its environment, directory or entrypoint".to_owned());
+        }
+        len_bytes += text.len() + 1;
+    }
+    if len_bytes > MAX_EXEC_BYTES {
+        return Err(format!("environment and entrypoint are {len_bytes} bytes long"));
+    }
+    if description
+        .workdir
+        .as_ref()
+        .is_some_and(|dir| !dir.starts_with('/'))
+    {
+        return Err("workdir is no absolute path".to_owned());
+    }
+    if description
+        .env
+        .keys()
+        .any(|key| key.is_empty() || key.contains('='))
+    {
+        return Err("a key of its environment is empty or has a '='".to_owned());
+    }
+    Ok(())
 }
 
 fn check(description: &Description, name: &MachineName) -> Result<(), String> {
@@ -232,6 +273,7 @@ fn check(description: &Description, name: &MachineName) -> Result<(), String> {
     if description.id.is_empty() && !description.sha256.contains_key(&description.rootfs) {
         return Err("has neither an id nor the digest of its root disk".to_owned());
     }
+    check_commands(description)?;
     let extra = &description.cmdline_extra;
     if extra.len() > MAX_CMDLINE || !extra.bytes().all(|b| (0x20..0x7f).contains(&b)) {
         return Err("cmdline_extra is too long or not printable".to_owned());

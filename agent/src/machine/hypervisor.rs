@@ -15,6 +15,7 @@
 
 use crate::guest_client::GuestClient;
 use async_trait::async_trait;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -52,6 +53,12 @@ pub struct TemplateInfo {
     pub disk_mib: u32,
     /// What it holds, for people.
     pub description: String,
+    /// Environment of its machines' commands, unless they say otherwise.
+    pub env: BTreeMap<String, String>,
+    /// Their working directory, likewise.
+    pub cwd: Option<String>,
+    /// What a machine runs in the background once it has booted for the first time.
+    pub entrypoint: Vec<String>,
 }
 
 /// The hibernation image of a machine, judged by header, manifest and disk generation alone.

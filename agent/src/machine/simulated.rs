@@ -353,6 +353,9 @@ impl Hypervisor for SimulatedHypervisor {
             digest: "sha256:0".to_owned(),
             disk_mib: 512,
             description: "Simulated.".to_owned(),
+            env: BTreeMap::new(),
+            cwd: None,
+            entrypoint: Vec::new(),
         }]
     }
 }

@@ -142,6 +142,64 @@ pub(crate) enum Snapshots {
     },
 }
 
+#[derive(Debug, Subcommand)]
+pub(crate) enum Templates {
+    /// List the templates of this host
+    #[command(visible_alias = "list", after_help = "Examples:\n  torpor template ls")]
+    Ls,
+    /// Make a template from a root-file-system tarball, a directory or an image; on the host itself, as root
+    #[command(after_help = "\
+Examples:
+  torpor template import rootfs.tar.gz --name alpine --size 1G
+  torpor template import ./image-layout --name app     # as skopeo copy … oci:image-layout writes it
+  docker save app:1 -o app.tar && torpor template import app.tar --name app")]
+    Import(Import),
+    /// Delete templates that no machine and no snapshot needs; on the host itself, as root
+    #[command(visible_alias = "delete", after_help = "Examples:\n  torpor template rm app")]
+    Rm {
+        /// Names
+        #[arg(required = true)]
+        names: Vec<MachineName>,
+        /// Where imported templates are
+        #[arg(long, default_value = "/var/lib/torpor/templates", hide_short_help = true)]
+        templates_dir: PathBuf,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Import {
+    /// Tarball (plain, gzip or zstd), directory, image layout, or what `docker save` wrote
+    pub(crate) source: PathBuf,
+    /// Name of the template: a-z, 0-9 and -, beginning with a letter
+    #[arg(long)]
+    pub(crate) name: MachineName,
+    /// Size of its disk
+    #[arg(long, default_value = "4G", value_name = "SIZE", value_parser = parse::size_mib)]
+    pub(crate) size: u32,
+    /// Environment variable of its machines' commands, over what an image says; may be repeated
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse::pair)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Working directory of its machines' commands, instead of what an image says
+    #[arg(long, value_name = "DIR")]
+    pub(crate) workdir: Option<String>,
+    /// A shell command line that its machines begin with, instead of what an image says; empty for none
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) entrypoint: Option<String>,
+    /// What it holds
+    #[arg(long, default_value = "")]
+    pub(crate) description: String,
+    /// Where imported templates are
+    #[arg(long, default_value = "/var/lib/torpor/templates", hide_short_help = true)]
+    pub(crate) templates_dir: PathBuf,
+    /// The template that kernel and agent are taken from
+    #[arg(
+        long,
+        default_value = "/usr/share/torpor/templates/base",
+        hide_short_help = true
+    )]
+    pub(crate) base: PathBuf,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct Fork {
     /// Name, machine ID or execution ID

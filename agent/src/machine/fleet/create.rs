@@ -6,7 +6,8 @@ use super::super::hypervisor::MachineSpec;
 use super::super::state::Committed;
 use super::{Fleet, cut};
 use crate::store::{Created, Idempotency, NewMachine, ServiceRoute, SnapshotRow};
-use torpor_api::http::{CreateMachine, SnapshotStatus, WakePolicy};
+use std::collections::BTreeMap;
+use torpor_api::http::{CreateMachine, ExecRequest, SnapshotStatus, WakePolicy};
 use torpor_api::{ErrorCode, LeaseAction, MachineId, SnapshotId};
 
 /// A validated create call.
@@ -34,6 +35,12 @@ pub(super) struct Source {
     pub(super) spec: MachineSpec,
     /// The snapshot that it goes on from; otherwise it boots.
     pub(super) snapshot: Option<SnapshotId>,
+    /// Environment of its commands, below what the call says.
+    env: BTreeMap<String, String>,
+    /// Their working directory, if the call says none.
+    cwd: Option<String>,
+    /// What runs in it from the start.
+    entrypoint: Vec<String>,
 }
 
 impl Source {
@@ -72,6 +79,9 @@ impl Source {
                 ..row.spec
             },
             snapshot: Some(row.id),
+            env: BTreeMap::new(),
+            cwd: None,
+            entrypoint: Vec::new(),
         })
     }
 }
@@ -84,7 +94,13 @@ impl Fleet {
     /// Whatever failed; nothing of the machine is left then.
     pub async fn create(&self, order: CreateOrder) -> Result<MachineId, MachineError> {
         let source = match &order.body.snapshot {
-            Some(text) => Source::of_snapshot(&order.body, self.snapshot_row(text).await?)?,
+            Some(text) => {
+                let mut source = Source::of_snapshot(&order.body, self.snapshot_row(text).await?)?;
+                if let Some(template) = self.shared.hypervisor.template(&source.spec.template).await {
+                    (source.env, source.cwd) = (template.env, template.cwd);
+                }
+                source
+            }
             None => self.source_of_template(&order.body).await?,
         };
         self.create_of(order, source, Shown::Everybody).await
@@ -98,6 +114,7 @@ impl Fleet {
     ) -> Result<MachineId, MachineError> {
         self.has_memory_for(u64::from(source.spec.mem_mib))?;
         let (snapshot, spec) = (source.snapshot.clone(), source.spec.clone());
+        let entrypoint = source.entrypoint.clone();
         let new = self.prepare(&order, source, shown);
         let id = new.spec.id.clone();
         let id = match self.shared.store.create_machine(new).await? {
@@ -123,9 +140,35 @@ impl Fleet {
         let started = self.send(&id, |reply| Command::Wake(wake.clone(), reply)).await;
         self.started(spec, first, started.is_ok()).await;
         match started {
-            Ok(_) => Ok(id),
+            Ok(_) => self.begin(&id, entrypoint).await,
             Err(error) => self.roll_back(&id, error).await,
         }
+    }
+
+    /// Run what the template says in the new machine. One that cannot be started is told of, and the machine stays.
+    async fn begin(&self, id: &MachineId, entrypoint: Vec<String>) -> Result<MachineId, MachineError> {
+        if !entrypoint.is_empty() {
+            let request = ExecRequest {
+                argv: entrypoint,
+                background: true,
+                ..ExecRequest::default()
+            };
+            let (kind, detail) = match self.exec(id, request).await {
+                Ok(result) => (
+                    "machine.entrypoint_started",
+                    serde_json::json!({ "pid": result.pid }),
+                ),
+                Err(error) => (
+                    "machine.entrypoint_failed",
+                    serde_json::json!({ "code": error.code, "message": error.message }),
+                ),
+            };
+            let event = self.event(id, kind, "api", detail);
+            if let Err(error) = self.shared.store.append_event(event).await {
+                tracing::warn!(machine_id = %id, %error, "entrypoint not written down");
+            }
+        }
+        Ok(id.clone())
     }
 
     /// What a create leaves to be done with the snapshot that it used or made.
@@ -192,11 +235,16 @@ impl Fleet {
                 disk_mib,
             },
             snapshot: None,
+            env: template.env,
+            cwd: template.cwd,
+            entrypoint: template.entrypoint,
         })
     }
 
     fn prepare(&self, order: &CreateOrder, source: Source, shown: Shown) -> NewMachine {
         let body = &order.body;
+        let mut env = source.env;
+        env.extend(body.env.clone());
         let destroys = body
             .lease
             .is_some_and(|lease| lease.action == LeaseAction::Destroy);
@@ -218,8 +266,8 @@ impl Fleet {
             wake: body.wake.unwrap_or(default),
             services: body.services.clone(),
             metadata: body.metadata.clone(),
-            env: body.env.clone(),
-            cwd: body.cwd.clone(),
+            env,
+            cwd: body.cwd.clone().or(source.cwd),
             snapshot: source.snapshot,
             hidden: shown == Shown::Nobody,
             idempotency: order.idempotency.clone(),
