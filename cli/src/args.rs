@@ -4,8 +4,8 @@ mod options;
 mod ssh;
 
 pub(crate) use options::{
-    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Kill, Lease, Logs, OneMachine, Probe, Resume,
-    Rm, Snapshots, Switch, Templates, Traffic, Url, Wake,
+    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Kill, Lease, Logs, OneMachine, Probe,
+    Resume, Rm, Snapshots, Switch, Templates, Traffic, Url, Wake,
 };
 
 pub(crate) use ssh::{Ssh, SshKeys};
