@@ -74,6 +74,7 @@ async fn up(links: &Links, name: &str, mac: Option<[u8; 6]>) -> u32 {
 /// A guest's kernel: a namespace with a tap of its own, and a thread that carries frames to and from the slot's.
 struct Guest {
     net: Netns,
+    tap: OwnedFd,
     stop: Option<OwnedFd>,
     wire: Option<std::thread::JoinHandle<()>>,
 }
@@ -81,7 +82,6 @@ struct Guest {
 impl Guest {
     fn attach(slot: &SlotLease) -> Self {
         let net = Netns::new();
-        let slot_tap = slot.tap_for_vmm().unwrap();
         let tap = net.run(|| {
             let tap = sys::open_tap("eth0").unwrap();
             netlink(async |links| {
@@ -95,20 +95,37 @@ impl Guest {
             });
             tap
         });
-        let (stopped, stop) = nix::unistd::pipe().unwrap();
-        let wire = std::thread::spawn(move || carry(&File::from(tap), &File::from(slot_tap), &stopped));
-        Self {
+        let mut guest = Self {
             net,
-            stop: Some(stop),
-            wire: Some(wire),
+            tap,
+            stop: None,
+            wire: None,
+        };
+        guest.run(slot);
+        guest
+    }
+
+    /// A VMM carries its frames from now on.
+    fn run(&mut self, slot: &SlotLease) {
+        let tap = File::from(self.tap.try_clone().unwrap());
+        let slot_tap = File::from(slot.tap_for_vmm().unwrap());
+        let (stopped, stop) = nix::unistd::pipe().unwrap();
+        self.stop = Some(stop);
+        self.wire = Some(std::thread::spawn(move || carry(&tap, &slot_tap, &stopped)));
+    }
+
+    /// The VMM is gone; what the guest's kernel knows stays.
+    fn pause(&mut self) {
+        self.stop = None;
+        if let Some(wire) = self.wire.take() {
+            wire.join().unwrap();
         }
     }
 }
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        self.stop = None;
-        self.wire.take().unwrap().join().unwrap();
+        self.pause();
     }
 }
 
@@ -221,6 +238,37 @@ fn a_connect_reaches_the_guest_and_a_closed_port_is_refused() {
             matches!(refused, Err(ConnectError::Refused { port: 8081 })),
             "{refused:?}"
         );
+        drop((guest, slot));
+        pool.close().await;
+    });
+}
+
+#[test]
+fn a_connection_through_a_parked_slot_goes_on_with_the_next_vmm() {
+    on_a_host(async |config, _| {
+        let pool = start(config).await;
+        let slot = pool.acquire().await.unwrap();
+        let mut guest = Guest::attach(&slot);
+        let server = guest.net.listen(8080);
+        let mut client = slot.connect(8080).await.unwrap();
+        let mut served = accept(server).await;
+        let mut bytes = [0; 5];
+        for n in 0..2_u8 {
+            guest.pause();
+            // What is sent meanwhile is not lost.
+            assert_eq!(client.try_write(b"ping").unwrap(), 4);
+            assert!(super::unacknowledged_bytes(client.as_fd()).unwrap() >= 4);
+            guest.run(&slot);
+            client.writable().await.unwrap();
+            assert_eq!(client.try_write(&[n]).unwrap(), 1);
+            served.read_exact(&mut bytes).unwrap();
+            assert_eq!(&bytes, &[b'p', b'i', b'n', b'g', n]);
+            served.write_all(b"pong").unwrap();
+            tokio::io::AsyncReadExt::read_exact(&mut client, &mut bytes[..4])
+                .await
+                .unwrap();
+            assert_eq!(&bytes[..4], b"pong");
+        }
         drop((guest, slot));
         pool.close().await;
     });
