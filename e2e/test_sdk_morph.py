@@ -9,7 +9,7 @@ import pytest
 import sdk
 import torpor
 
-BIN = sdk.use("morph")
+sdk.use("morph")
 
 from morphcloud.api import ApiError, MorphCloudClient  # noqa: E402
 
@@ -203,17 +203,54 @@ def test_the_async_client_does_the_same(instance):
 
 
 def test_the_command_line_tool(instance):
-    awake(instance)
-    name = instance.id
-    assert name in sdk.cli(BIN, "morphcloud instance list").stdout
-    assert json.loads(sdk.cli(BIN, f"morphcloud instance get {name}").stdout)["id"] == name
-    done = sdk.cli(BIN, f"morphcloud instance exec {name} -- bash -c 'echo \"a b\"'")
-    assert "a b" in done.stdout
-    sdk.cli(BIN, f"morphcloud instance set-wake-on {name} --ssh true --http true")
-    sdk.cli(BIN, f"morphcloud instance set-ttl {name} --ttl-seconds 900 --ttl-action pause")
-    sdk.cli(BIN, f"morphcloud instance pause {name}")
-    sdk.cli(BIN, f"morphcloud instance resume {name}")
-    assert "base" in sdk.cli(BIN, "morphcloud image list").stdout
+    from morphcloud.cli import cli
+    name = awake(instance).id
+    assert name in sdk.cli(cli, "instance", "list")
+    assert "a b" in sdk.cli(cli, "instance", "exec", name, "--", "bash", "-c", 'echo "a b"')
+
+
+def test_output_comes_as_it_is_written(instance):
+    pieces = []
+    done = awake(instance).exec("echo out; echo err >&2; printf 'é\\342\\200\\250x'; exit 5",
+                                on_stdout=pieces.append, on_stderr=pieces.append)
+    assert (done.exit_code, done.stdout, done.stderr) == (5, "out\né\u2028x", "err\n")
+    assert "err\n" in pieces
+
+
+def test_snapshots_are_found_by_digest_and_branches_go_on_with_the_memory(client, instance):
+    awake(instance).exec("echo remembered >/dev/shm/note")
+    snapshot = instance.snapshot(digest="suite-digest", metadata={"k": "v"})
+    try:
+        assert instance.snapshot(digest="suite-digest").id == snapshot.id
+        assert [one.id for one in client.snapshots.list(digest="suite-digest", metadata={"k": "v"})] == [snapshot.id]
+        child = client.instances.start(snapshot.id)
+        assert child.refs.snapshot_id == snapshot.id
+        assert child.exec("cat /dev/shm/note").stdout == "remembered\n"
+        child.stop()
+        snapshot.set_metadata({"z": "1"})
+        snapshot.set_ttl(3600)
+        assert (snapshot.metadata, snapshot.ttl.ttl_seconds) == ({"z": "1"}, 3600)
+    finally:
+        snapshot.delete()
+    base, branches = instance.branch(3)
+    try:
+        assert len({one.id for one in branches} | {instance.id}) == 4
+        assert [one.exec("cat /dev/shm/note").stdout for one in branches] == ["remembered\n"] * 3
+    finally:
+        for one in branches:
+            one.stop()
+        base.delete()
+
+
+def test_ssh_wakes_runs_and_copies(instance, tmp_path):
+    awake(instance).pause()
+    with instance.ssh() as ssh:
+        assert ssh.run(["echo", "over ssh"]).stdout.strip() == "over ssh"
+    assert instance.status.value == "ready"
+    (tmp_path / "up").write_bytes(os.urandom(100_000))
+    instance.upload(str(tmp_path / "up"), "/workspace/up")
+    instance.download("/workspace/up", str(tmp_path / "down"))
+    assert (tmp_path / "down").read_bytes() == (tmp_path / "up").read_bytes()
 
 
 def test_wrong_keys_and_unknown_ids_raise_what_the_sdk_knows():

@@ -2,15 +2,16 @@
 import asyncio
 import contextlib
 import json
+import os
 import time
 
 import pytest
 import sdk
 import torpor
 
-BIN = sdk.use("nullspace")
+sdk.use("nullspace")
 
-from nullspace import AsyncMachine, Machine  # noqa: E402
+from nullspace import AsyncMachine, Machine, Snapshot  # noqa: E402
 from nullspace.errors import AuthError, ConflictError, MachineError, NotFoundError, NotImplementedError  # noqa: E402
 
 COUNTER = (torpor.GUEST_DIR / "counter.py").read_text()
@@ -220,21 +221,91 @@ def test_the_async_client_does_the_same(machine):
 
 
 def test_the_command_line_tool(machine):
+    from nullspace.cli import main
     now = awake(machine)
-    assert "API key accepted" in sdk.cli(BIN, "nullspace doctor").stdout
-    assert now.id in sdk.cli(BIN, "nullspace machine list").stdout
-    assert "from cli" in sdk.cli(BIN, f"nullspace machine exec {now.id} 'echo from cli'").stdout
-    assert "http://" in sdk.cli(BIN, f"nullspace machine url {now.id} 8080").stdout
-    sdk.cli(BIN, f"nullspace machine pause {now.id}")
-    assert "paused" in sdk.cli(BIN, f"nullspace machine get {now.id}").stdout
-    sdk.cli(BIN, f"nullspace machine resume {now.id}")
-    sdk.cli(BIN, f"nullspace machine timeout set {now.id} 600")
+    assert "API key accepted" in sdk.cli(main, "doctor")
+    assert "from cli" in sdk.cli(main, "machine", "exec", now.id, "echo", "from cli")
+    assert now.id in sdk.cli(main, "machine", "get", now.id)
+
+
+def test_output_comes_as_it_is_written_and_processes_are_listed_fed_and_killed(machine):
+    now, pieces = awake(machine), []
+    done = now.commands.run("echo out; echo err >&2; exit 5", shell=True, on_stdout=pieces.append, on_stderr=pieces.append)
+    assert (done.exit_code, done.stdout, done.stderr, sorted(pieces)) == (5, "out\n", "err\n", ["err\n", "out\n"])
+    process = now.commands.run("cat; echo never", shell=True, background=True)
+    assert (process.pid, True) in [(one.pid, one.running) for one in now.commands.list()]
+    now.commands.send_stdin(process.pid, "fed\n")
+    torpor.wait_for(lambda: now.commands.get_logs(process.pid).stdout == "fed\n", "the process answers", timeout=30)
+    now.pause()
+    now = Machine.connect(now.id)
+    now.commands.send_stdin(process.pid, "again\n")
+    torpor.wait_for(lambda: now.commands.get_logs(process.pid).stdout == "fed\nagain\n", "it lives on", timeout=30)
+    now.commands.kill(process.pid)
+    assert now.commands.get_logs(process.pid).stdout == "fed\nagain\n"
+    torpor.wait_for(lambda: now.commands.get_logs(process.pid).exit_code == 137, "it was killed", timeout=30)
+
+
+def test_files_large_and_small_and_directories(machine, tmp_path):
+    files = awake(machine).files
+    assert files.write("/workspace/f/a.txt", "héllo").size == 6
+    assert files.read("/workspace/f/a.txt") == "héllo"
+    assert files.read("f/a.txt", format="bytes") == "héllo".encode()
+    assert files.exists("/workspace/f/a.txt") and not files.exists("/workspace/f/b.txt")
+    files.rename("/workspace/f/a.txt", "/workspace/f/b.txt")
+    assert [one.name for one in files.list("/workspace/f")] == ["b.txt"]
+    files.remove("/workspace/f")
+    with pytest.raises(NotFoundError):
+        files.read("/workspace/f/b.txt")
+    (tmp_path / "big").write_bytes(os.urandom((9 << 20) + 7))
+    files.upload_file(str(tmp_path / "big"), "/workspace/big")
+    assert b"".join(files.read("/workspace/big", format="stream")) == (tmp_path / "big").read_bytes()
+    (tmp_path / "src/sub").mkdir(parents=True)
+    (tmp_path / "src/sub/t").write_text("t")
+    files.upload_dir(str(tmp_path / "src"), "/workspace/dst")
+    assert files.read("/workspace/dst/sub/t") == "t"
+
+
+def test_a_terminal_is_one(machine):
+    now, seen = awake(machine), []
+    session = now.pty.create_session(cols=100, rows=40)
+    assert session.session_id in [one.session_id for one in now.pty.list_sessions()]
+    session.send_input("stty size; exit 7\n")
+    result = session.wait(on_data=seen.append, timeout=60)
+    assert (result.exit_code, b"40 100" in b"".join(seen)) == (7, True)
+
+
+def test_snapshots_forks_and_what_happened(machine):
+    now = awake(machine)
+    now.commands.run("echo remembered >/dev/shm/note", shell=True)
+    snapshot = now.create_snapshot()
+    assert snapshot.machine_id == now.id
+    assert snapshot.id in [one.id for one in Snapshot.list(machine_id=now.id)]
+    child = Machine.create(snapshot_id=snapshot.id, timeout=300)
+    fork = now.fork()
+    try:
+        for one in (child, fork):
+            assert one.id != now.id
+            assert one.commands.run("cat", ["/dev/shm/note"]).stdout == "remembered\n"
+    finally:
+        child.kill()
+        fork.kill()
+        Snapshot.delete(snapshot.id)
+    with pytest.raises(NotFoundError):
+        Snapshot.get(snapshot.id)
+    paused = now.pause()
+    after = Machine.connect(now.id)
+    woken = after.list_lifecycle(limit=1).events[0]
+    assert (woken.operation.value, woken.status.value) == ("resume_from_snapshot", "succeeded")
+    assert (woken.source_machine_id, woken.target_machine_id, woken.snapshot_id) == (now.id, after.id, paused.id)
+    for event in after.stream_events(replay_limit=1):
+        assert event.id == woken.id
+        break
+    assert after.get_metrics()[0].mem_total_bytes > 100 << 20
 
 
 def test_creating_again_with_the_same_key_makes_one_machine(machine):
     import uuid
     import httpx
-    import os
     key, url = str(uuid.uuid4()), os.environ["NULLSPACE_API_URL"]
     headers = {"Authorization": f"Bearer {os.environ['NULLSPACE_API_KEY']}", "Idempotency-Key": key}
     body = {"template": "base", "vcpus": 1, "memory_mb": 256, "timeout_ms": 60_000, "auto_resume": False}

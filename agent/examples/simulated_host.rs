@@ -236,6 +236,7 @@ async fn main() {
         Arc::new(FleetWaker(fleet.clone())),
     ));
     fleet.routes().attach(Arc::new(ProxyListeners(proxy)));
+    fleet.edge().set_api_token(Token::read(&token_file).unwrap());
     fleet.recover().await.unwrap();
     tokio::spawn(leases::run(fleet.clone()));
     let token = || Token::read(&token_file).unwrap();
