@@ -38,11 +38,11 @@ pub use serve::{ServeError, bind_unix, serve_tcp, serve_unix};
 use crate::machine::fleet::Fleet;
 use axum::Router;
 use axum::middleware;
-use axum::routing::{delete, get, patch, post, put};
 use facade::stamped;
+use table::Table;
 
 /// Whether torpord is up is no secret, and a probe has no token.
-const OPEN: &[&str] = &["/v1/healthz"];
+const OPEN: &[&str] = &["/v1/healthz", "/openapi/native.json"];
 
 /// The API without authentication, for the unix socket.
 pub fn router(fleet: Fleet) -> Router {
@@ -56,98 +56,84 @@ pub fn router_with_token(fleet: Fleet, token: Token) -> Router {
     stamped(locked, request_id::native)
 }
 
-fn inside_routes() -> Router<Fleet> {
-    Router::new()
-        .route(
-            "/v1/machines/{id}/exec/stream",
-            get(stream::web_socket).post(stream::server_sent),
-        )
-        .route("/v1/machines/{id}/processes", get(processes::list))
-        .route("/v1/machines/{id}/processes/{pid}/logs", get(processes::logs))
-        .route("/v1/machines/{id}/processes/{pid}/stdin", post(processes::stdin))
-        .route("/v1/machines/{id}/processes/{pid}/kill", post(processes::kill))
-        .route(
-            "/v1/machines/{id}/processes/{pid}/resize",
-            post(processes::resize),
-        )
-        .route("/v1/machines/{id}/metrics", get(processes::metrics))
-        .route("/v1/machines/{id}/files", get(files::download).put(files::upload))
-        .route("/v1/machines/{id}/files/list", post(files::list))
-        .route("/v1/machines/{id}/files/stat", post(files::stat))
-        .route("/v1/machines/{id}/files/mkdir", post(files::make_dir))
-        .route("/v1/machines/{id}/files/remove", post(files::remove))
-        .route("/v1/machines/{id}/files/rename", post(files::rename))
-        .route("/v1/machines/{id}/files/attributes", post(files::set_attributes))
-        .route("/v1/machines/{id}/why", get(why::why))
-        .route("/v1/machines/{id}/events/stream", get(events::stream_of_machine))
-        .route("/v1/events/stream", get(events::stream_of_host))
-}
-
 fn routes(fleet: Fleet) -> Router {
-    Router::new()
-        .route("/v1/machines", get(machines::list).post(machines::create))
-        .route("/v1/machines/{id}", get(machines::show).delete(machines::delete))
-        .route("/v1/machines/{id}/pause", post(machines::pause))
-        .route("/v1/machines/{id}/resume", post(machines::resume))
-        .route("/v1/machines/{id}/lease", get(lease::show).put(lease::set))
-        .route("/v1/machines/{id}/wake", patch(lease::patch_wake))
-        .route("/v1/machines/{id}/metadata", put(machines::set_metadata))
-        .route(
-            "/v1/machines/{id}/services",
-            get(services::list).post(services::expose),
-        )
-        .route(
-            "/v1/machines/{id}/services/{name}",
-            delete(services::unexpose).patch(edge::patch_service),
-        )
-        .route(
-            "/v1/machines/{id}/services/{name}/grants",
-            get(edge::grants).post(edge::issue),
-        )
-        .route(
-            "/v1/machines/{id}/services/{name}/grants/{grant}",
-            delete(edge::revoke),
-        )
-        .route(
-            "/v1/machines/{id}/wake/filter",
-            get(edge::wake_filter).put(edge::set_wake_filter),
-        )
-        .route("/v1/edge-keys", get(edge::keys))
-        .route("/v1/edge-keys/rotate", post(edge::rotate))
-        .route("/v1/machines/{id}/exec", post(exec::run))
-        .route(
-            "/v1/machines/{id}/ssh-key",
-            get(ssh::machine_key).post(ssh::rotate_machine_key),
-        )
-        .route("/v1/machines/{id}/ssh-access", post(ssh::grant))
-        .route("/v1/ssh", get(ssh::gateway))
-        .route("/v1/ssh-keys", get(ssh::keys).post(ssh::add_key))
-        .route(
-            "/v1/ssh-keys/{id}",
-            get(ssh::key).patch(ssh::rename_key).delete(ssh::remove_key),
-        )
-        .merge(inside_routes())
-        .route("/v1/machines/{id}/logs", get(machines::logs))
-        .route("/v1/machines/{id}/events", get(events::of_machine))
-        .route("/v1/events", get(events::of_host))
-        .route(
-            "/v1/machines/{id}/snapshots",
-            get(snapshots::of_machine).post(snapshots::create),
-        )
-        .route("/v1/machines/{id}/fork", post(snapshots::fork))
-        .route("/v1/snapshots", get(snapshots::list))
-        .route(
-            "/v1/snapshots/{id}",
-            get(snapshots::show)
-                .patch(snapshots::change)
-                .delete(snapshots::delete),
-        )
-        .route("/v1/templates", get(host::templates))
-        .route("/v1/endpoints", get(host::endpoints))
-        .route("/v1/healthz", get(host::health))
+    table()
+        .into_router("Torpor: the native API", "/openapi/native.json")
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)
         .with_state(fleet)
+}
+
+/// What is served.
+fn table() -> Table<Fleet> {
+    inside_routes(Table::new())
+        .get("/v1/machines", machines::list)
+        .post("/v1/machines", machines::create)
+        .get("/v1/machines/{id}", machines::show)
+        .delete("/v1/machines/{id}", machines::delete)
+        .post("/v1/machines/{id}/pause", machines::pause)
+        .post("/v1/machines/{id}/resume", machines::resume)
+        .get("/v1/machines/{id}/lease", lease::show)
+        .put("/v1/machines/{id}/lease", lease::set)
+        .patch("/v1/machines/{id}/wake", lease::patch_wake)
+        .put("/v1/machines/{id}/metadata", machines::set_metadata)
+        .get("/v1/machines/{id}/services", services::list)
+        .post("/v1/machines/{id}/services", services::expose)
+        .delete("/v1/machines/{id}/services/{name}", services::unexpose)
+        .patch("/v1/machines/{id}/services/{name}", edge::patch_service)
+        .get("/v1/machines/{id}/services/{name}/grants", edge::grants)
+        .post("/v1/machines/{id}/services/{name}/grants", edge::issue)
+        .delete("/v1/machines/{id}/services/{name}/grants/{grant}", edge::revoke)
+        .get("/v1/machines/{id}/wake/filter", edge::wake_filter)
+        .put("/v1/machines/{id}/wake/filter", edge::set_wake_filter)
+        .get("/v1/edge-keys", edge::keys)
+        .post("/v1/edge-keys/rotate", edge::rotate)
+        .post("/v1/machines/{id}/exec", exec::run)
+        .get("/v1/machines/{id}/ssh-key", ssh::machine_key)
+        .post("/v1/machines/{id}/ssh-key", ssh::rotate_machine_key)
+        .post("/v1/machines/{id}/ssh-access", ssh::grant)
+        .get("/v1/ssh", ssh::gateway)
+        .get("/v1/ssh-keys", ssh::keys)
+        .post("/v1/ssh-keys", ssh::add_key)
+        .get("/v1/ssh-keys/{id}", ssh::key)
+        .patch("/v1/ssh-keys/{id}", ssh::rename_key)
+        .delete("/v1/ssh-keys/{id}", ssh::remove_key)
+        .get("/v1/machines/{id}/logs", machines::logs)
+        .get("/v1/machines/{id}/events", events::of_machine)
+        .get("/v1/events", events::of_host)
+        .get("/v1/machines/{id}/snapshots", snapshots::of_machine)
+        .post("/v1/machines/{id}/snapshots", snapshots::create)
+        .post("/v1/machines/{id}/fork", snapshots::fork)
+        .get("/v1/snapshots", snapshots::list)
+        .get("/v1/snapshots/{id}", snapshots::show)
+        .patch("/v1/snapshots/{id}", snapshots::change)
+        .delete("/v1/snapshots/{id}", snapshots::delete)
+        .get("/v1/templates", host::templates)
+        .get("/v1/endpoints", host::endpoints)
+        .get("/v1/healthz", host::health)
+}
+
+fn inside_routes(table: Table<Fleet>) -> Table<Fleet> {
+    table
+        .get("/v1/machines/{id}/exec/stream", stream::web_socket)
+        .post("/v1/machines/{id}/exec/stream", stream::server_sent)
+        .get("/v1/machines/{id}/processes", processes::list)
+        .get("/v1/machines/{id}/processes/{pid}/logs", processes::logs)
+        .post("/v1/machines/{id}/processes/{pid}/stdin", processes::stdin)
+        .post("/v1/machines/{id}/processes/{pid}/kill", processes::kill)
+        .post("/v1/machines/{id}/processes/{pid}/resize", processes::resize)
+        .get("/v1/machines/{id}/metrics", processes::metrics)
+        .get("/v1/machines/{id}/files", files::download)
+        .put("/v1/machines/{id}/files", files::upload)
+        .post("/v1/machines/{id}/files/list", files::list)
+        .post("/v1/machines/{id}/files/stat", files::stat)
+        .post("/v1/machines/{id}/files/mkdir", files::make_dir)
+        .post("/v1/machines/{id}/files/remove", files::remove)
+        .post("/v1/machines/{id}/files/rename", files::rename)
+        .post("/v1/machines/{id}/files/attributes", files::set_attributes)
+        .get("/v1/machines/{id}/why", why::why)
+        .get("/v1/machines/{id}/events/stream", events::stream_of_machine)
+        .get("/v1/events/stream", events::stream_of_host)
 }
 
 #[cfg(test)]

@@ -39,3 +39,21 @@ fn the_page_shows_what_is_built_for_morph() {
 fn the_page_shows_what_is_built_for_nullspace() {
     compare("Nullspace", nullspace::built());
 }
+
+#[test]
+fn the_page_of_the_native_api_shows_every_route_and_no_other() {
+    let page = include_str!("../../../../docs/api.md");
+    let routes = super::super::table().routes.into_iter();
+    let built: BTreeSet<String> = routes
+        .map(|route| format!("{} {}", route.method, route.path))
+        .collect();
+    let quoted = page.split('`').filter(|text| text.contains(" /v1/"));
+    let documented: BTreeSet<String> = quoted
+        .filter(|text| !text.contains('\n'))
+        .map(str::to_owned)
+        .collect();
+    let missing: Vec<_> = built.difference(&documented).collect();
+    let gone: Vec<_> = documented.difference(&built).collect();
+    assert!(missing.is_empty(), "not in docs/api.md: {missing:#?}");
+    assert!(gone.is_empty(), "in docs/api.md and not served: {gone:#?}");
+}
