@@ -26,6 +26,9 @@ use torpor_api::MachineId;
 use crate::machine::hypervisor::ImageState;
 use manifest::{Manifest, ManifestError};
 
+/// A second name of the image that the live VMM was restored from, once another one took its place: the VMM still
+/// reads untouched pages from it, so nobody who shares it may become its only owner and rewrite it.
+const BASE_IMAGE: &str = "memory.base";
 /// A new image, until it takes the place of one that is not the machine's alone.
 const NEXT_IMAGE: &str = "memory.next";
 
@@ -249,8 +252,24 @@ impl MachineFiles {
             // There is none, or it is the remainder of a persist that was cut short.
             Ok(_) | Err(_) => return Ok(()),
         }
+        let base = self.path(BASE_IMAGE);
+        match fs::hard_link(&path, &base) {
+            // The first one is what the VMM was restored from; later ones it has no use for.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            linked => linked.map_err(failed("link to", &base))?,
+        }
         fs::rename(&next, &path).map_err(failed("rename to", &path))?;
         sync_dir(&self.dir)
+    }
+
+    /// The VMM that read from the image before is gone. Called while nobody else has the machine's files.
+    pub fn drop_base_image(&self) {
+        let base = self.path(BASE_IMAGE);
+        if let Err(error) = fs::remove_file(&base)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %base.display(), %error, "image that nobody reads any more not removed");
+        }
     }
 
     /// The last `max_bytes` of the console log; empty if there is none.

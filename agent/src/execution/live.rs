@@ -173,6 +173,10 @@ impl VmmExecution {
             self.process.kill();
             self.process.ended().await;
         }
+        let files = self.files.clone();
+        if let Err(error) = tokio::task::spawn_blocking(move || files.drop_base_image()).await {
+            tracing::warn!(%error, "image that nobody reads any more not removed");
+        }
         self.claim.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 

@@ -41,6 +41,7 @@ struct OpenFiles {
 impl OpenFiles {
     fn open(files: &MachineFiles, template: &Template, code: ErrorCode) -> Result<Self, HypervisorError> {
         let failed = |operation: &str| images_error(code, operation.to_owned());
+        files.drop_base_image();
         Ok(Self {
             base: template
                 .open_rootfs()

@@ -6,7 +6,9 @@
 //! ```
 //! The memory image of a snapshot is the machine's own, by a second link: nothing is copied. An image with more than
 //! one link is never rewritten: the next persist makes a new file ([`MachineFiles::open_image_for_persist`]), so
-//! links are the reference counts, kept by the file system, and a crash can't get them wrong. A deleted snapshot's
+//! links are the reference counts, kept by the file system, and a crash can't get them wrong. A VMM goes on reading from
+//! the image that it was restored from after its machine has another one; until it ends, the machine keeps a link to
+//! that ([`MachineFiles::promote_image`]). A deleted snapshot's
 //! image lives for as long as a machine still wakes from it. However long the line of snapshots and forks, a machine
 //! reads its own image and its template. The disk's overlay is copied while the machine stands still.
 

@@ -56,7 +56,7 @@ fn header(valid: bool, generation: u64, disk_generation: u64) -> Vec<u8> {
     let signature = br#"{"arch":"x86_64"}"#;
     let mut page = vec![0; HEADER_LEN];
     page[..8].copy_from_slice(b"TORPORMI");
-    page[8..12].copy_from_slice(&1u32.to_le_bytes());
+    page[8..12].copy_from_slice(&super::header::FORMAT.to_le_bytes());
     page[12..16].copy_from_slice(&u32::from(valid).to_le_bytes());
     page[16..24].copy_from_slice(&generation.to_le_bytes());
     page[24..32].copy_from_slice(&disk_generation.to_le_bytes());
@@ -315,4 +315,77 @@ fn a_template_can_name_no_file_outside_its_directory_and_no_name_leaves_the_sear
         templates.find("evil").is_err(),
         "nothing binds it to its root disk"
     );
+}
+
+#[test]
+fn an_image_with_two_owners_is_never_rewritten_while_a_vmm_may_read_from_it() {
+    use std::os::unix::fs::MetadataExt as _;
+    let fixture = Fixture::new().with_disk();
+    let other = fixture.images.machine(&MachineId::generate());
+    other.create_dir().unwrap();
+    let image = fixture.path("memory.img");
+    std::fs::write(&image, header(true, 3, 1)).unwrap();
+    fixture.files().write_manifest(&manifest(&fixture.id)).unwrap();
+    let shared = std::fs::metadata(&image).unwrap().ino();
+    std::fs::hard_link(&image, other.image_path()).unwrap();
+    let target_of = |files: &MachineFiles| {
+        let fd = files.open_image_for_persist().unwrap();
+        std::fs::File::from(fd).metadata().unwrap().ino()
+    };
+    // Both are shared: each gets a file of its own.
+    assert_ne!(target_of(&fixture.files()), shared);
+    std::fs::write(fixture.path("memory.next"), header(true, 4, 1)).unwrap();
+    fixture.files().promote_image(5).unwrap();
+    assert_eq!(
+        std::fs::metadata(&image).unwrap().ino(),
+        shared,
+        "of another generation"
+    );
+    fixture.files().promote_image(4).unwrap();
+    assert_ne!(std::fs::metadata(&image).unwrap().ino(), shared);
+    // The VMM that was restored from it may live on, so the other machine must not take it for its own.
+    assert_ne!(target_of(&other), shared);
+    fixture.files().drop_base_image();
+    assert_eq!(target_of(&other), shared, "it is the only owner now");
+}
+
+#[test]
+fn a_snapshot_is_whole_or_not_there_and_its_machine_begins_as_a_fork() {
+    use super::snapshots::{SnapshotError, Wanted};
+    let fixture = Fixture::new().with_disk();
+    let (images, id) = (&fixture.images, torpor_api::SnapshotId::generate());
+    std::fs::write(fixture.path("memory.img"), header(true, 3, 1)).unwrap();
+    fixture.files().write_manifest(&manifest(&fixture.id)).unwrap();
+    assert!(matches!(
+        images.stage_snapshot(&fixture.files(), 2, &id),
+        Err(SnapshotError::Unusable { .. })
+    ));
+    images.stage_snapshot(&fixture.files(), 3, &id).unwrap();
+    assert!(images.committed_snapshots().unwrap().is_empty());
+    // A torpord that starts finds nothing of one that was never committed.
+    let images = Images::open(fixture.dir.path()).unwrap();
+    assert!(images.commit_snapshot(&id).is_err());
+    images.stage_snapshot(&fixture.files(), 3, &id).unwrap();
+    assert!(images.commit_snapshot(&id).unwrap() > 0);
+    assert_eq!(images.committed_snapshots().unwrap(), std::slice::from_ref(&id));
+    let machine = images.machine(&MachineId::generate());
+    let shape = manifest(&fixture.id).shape;
+    let wanted = |template_digest| Wanted {
+        shape,
+        template_digest,
+    };
+    assert!(matches!(
+        images.clone_snapshot(&id, &machine, wanted("other")),
+        Err(SnapshotError::Incompatible { .. })
+    ));
+    assert_eq!(images.clone_snapshot(&id, &machine, wanted("d")).unwrap(), 3);
+    images.delete_snapshot(&id).unwrap();
+    images.delete_snapshot(&id).unwrap();
+    assert!(images.committed_snapshots().unwrap().is_empty());
+    assert_eq!(machine.inspect(), ImageState::Valid { generation: 3 });
+    assert!(machine.manifest().unwrap().unwrap().fork);
+    assert!(matches!(
+        images.clone_snapshot(&id, &images.machine(&MachineId::generate()), wanted("d")),
+        Err(SnapshotError::Missing { .. })
+    ));
 }
