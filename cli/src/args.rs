@@ -229,7 +229,11 @@ Examples:
 Everybody else: ssh -p 2222 web@HOST, with a registered key or the machine's own (torpor ssh-key).")]
     Ssh(Ssh),
     /// Keys that open machines by SSH
-    #[command(subcommand, name = "ssh-key")]
+    #[command(
+        subcommand,
+        name = "ssh-key",
+        after_help = "Examples:\n  torpor ssh-key add ~/.ssh/id_ed25519.pub --name laptop\n  torpor ssh-key show web > web.key"
+    )]
     SshKeys(SshKeys),
     /// Print what points an SDK at this host, for eval
     #[command(after_help = "\

@@ -242,13 +242,14 @@ impl BlankPool {
         }
     }
 
-    /// Wait until nothing is lacking.
+    /// Wait until no start is under way, nor what follows it, and nothing is lacking.
     pub(super) async fn settled(&self) {
         loop {
             let settled = self.shared.settled.notified();
             tokio::pin!(settled);
             settled.as_mut().enable();
-            if self.shared.lacking().is_none() {
+            let is_starting = self.shared.state().starting > 0;
+            if !is_starting && self.shared.lacking().is_none() {
                 return;
             }
             settled.await;

@@ -50,7 +50,7 @@ fn create_sends_what_the_options_say() {
         "{}",
         stderr(&output)
     );
-    let expected = r#"{"name":"web","template":"base","vcpus":1,"mem_mib":2048,"disk_mib":20480,"lease":{"seconds":5400,"action":"pause","mode":"sliding"},"wake":{"http":false,"ssh":true,"tcp":false,"api":true},"services":[{"name":"app","port":8080,"kind":"http"},{"port":5432,"kind":"tcp"}],"metadata":{"a":"b=c"}}"#;
+    let expected = r#"{"name":"web","template":"base","vcpus":1,"mem_mib":2048,"disk_mib":20480,"lease":{"seconds":5400,"action":"pause","mode":"sliding"},"wake":{"http":false,"ssh":true,"tcp":false,"api":true},"services":[{"name":"app","port":8080,"kind":"http","auth":"none"},{"port":5432,"kind":"tcp","auth":"none"}],"metadata":{"a":"b=c"}}"#;
     assert_eq!(torpord.asked()[0].body, expected);
 }
 
