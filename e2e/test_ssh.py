@@ -1,4 +1,5 @@
 """SSH with real clients: OpenSSH's ssh and sftp."""
+import hashlib
 import os
 import subprocess
 
