@@ -68,7 +68,15 @@ pub(crate) async fn run(mut channel: Channel<Msg>, handle: Handle, guest: Arc<dy
             run_process(channel, handle, guest, order, prelude).await;
         }
         Start::Files => match guest.files().await {
-            Ok(files) => sftp::run(channel.into_stream(), files).await,
+            Ok(files) => {
+                let id = channel.id();
+                // Dropping the stream closes the channel, which comes after the status.
+                let mut stream = channel.into_stream();
+                sftp::run(&mut stream, files).await;
+                // scp takes the lack of a status for a failure; a client that is gone needs none.
+                let _ = handle.exit_status_request(id, 0).await;
+                let _ = handle.close(id).await;
+            }
             Err(refusal) => {
                 tracing::info!(%refusal, "no SFTP");
                 let (_, write) = channel.split();

@@ -33,14 +33,14 @@ const POSIX_RENAME: &str = "posix-rename@openssh.com";
 const FSYNC: &str = "fsync@openssh.com";
 
 /// Serves one client until it leaves.
-pub(crate) async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, files: Arc<dyn Files>) {
+pub(crate) async fn run<S: AsyncRead + AsyncWrite + Unpin>(stream: &mut S, files: Arc<dyn Files>) {
     let mut session = Session {
         files,
         home: OnceCell::new(),
         open: HashMap::new(),
         next_handle: 0,
     };
-    while let Some(request) = read_packet(&mut stream).await {
+    while let Some(request) = read_packet(stream).await {
         let id = request_id(&request);
         let answer = match Packet::try_from(&mut request.clone()) {
             Ok(packet) => session.answer(packet).await,

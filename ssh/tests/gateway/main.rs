@@ -182,6 +182,23 @@ async fn hostile_sftp_packets_are_answered_or_end_the_session_alone() {
 }
 
 #[tokio::test]
+async fn an_sftp_session_ends_with_a_status_because_scp_fails_without_one() {
+    let (_, gateway) = gateway(Fake::new()).await;
+    let client = logged_in(&gateway, "web:the-api-key").await;
+    let mut channel = client.channel_open_session().await.unwrap();
+    channel.request_subsystem(true, "sftp").await.unwrap();
+    channel.data(&[0, 0, 0, 5, 1, 0, 0, 0, 3][..]).await.unwrap();
+    channel.eof().await.unwrap();
+    let mut status = None;
+    while let Some(message) = channel.wait().await {
+        if let ChannelMsg::ExitStatus { exit_status } = message {
+            status = Some(exit_status);
+        }
+    }
+    assert_eq!(status, Some(0));
+}
+
+#[tokio::test]
 async fn what_is_no_ssh_client_is_cut_off_and_shutdown_does_not_wait_for_it() {
     let (_, gateway) = gateway(Fake::new()).await;
     let mut stream = tokio::net::TcpStream::connect(gateway.address()).await.unwrap();
