@@ -3,7 +3,12 @@
 //! Machine `web`, password `the password`, API key `the-api-key`. Prints a certificate for the key, if one is given.
 
 #[path = "../tests/gateway/fake.rs"]
-#[allow(dead_code, clippy::unwrap_used, clippy::wildcard_imports)]
+#[allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::wildcard_imports,
+    reason = "shared with the tests, which use more of it and may panic"
+)]
 mod fake;
 
 use std::sync::Arc;

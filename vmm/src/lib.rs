@@ -11,6 +11,7 @@ pub mod devices;
 pub mod image;
 pub mod layout;
 pub mod memory;
+mod pages;
 pub mod pm1;
 pub mod seccomp;
 pub mod sys;

@@ -55,7 +55,7 @@ fn routes(fleet: Fleet) -> Router {
 }
 
 /// What is built.
-fn table() -> Table<Fleet> {
+pub(super) fn table() -> Table<Fleet> {
     Table::new()
         .get("/healthz", host::health)
         .get("/v1/templates", host::templates)
@@ -115,14 +115,6 @@ fn table() -> Table<Fleet> {
         .get("/v1/snapshots", snapshots::list)
         .get("/v1/snapshots/{id}", snapshots::show)
         .delete("/v1/snapshots/{id}", snapshots::delete)
-}
-
-#[cfg(test)]
-pub(super) fn built() -> Vec<String> {
-    let routes = table().routes.into_iter();
-    routes
-        .map(|route| format!("{} {}", route.method, route.path))
-        .collect()
 }
 
 #[cfg(test)]

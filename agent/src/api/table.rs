@@ -66,6 +66,15 @@ impl<S: Clone + Send + Sync + 'static> Table<S> {
         self.add(Method::DELETE, path, handler)
     }
 
+    /// Every route as `METHOD /path`, for what is compared with them.
+    #[cfg(test)]
+    pub(super) fn lines(&self) -> Vec<String> {
+        let routes = self.routes.iter();
+        routes
+            .map(|route| format!("{} {}", route.method, route.path))
+            .collect()
+    }
+
     /// The router, which serves the document of its own routes at `path`.
     pub(super) fn into_router(self, title: &str, path: &str) -> Router<S> {
         let document = document(title, &self.routes);

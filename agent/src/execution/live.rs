@@ -246,6 +246,10 @@ impl VmmExecution {
 
     /// End the VMM; answers when the machine's files are no longer open.
     async fn end(&self) {
+        let early = self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some((_, connection)) = early {
+            connection.abort();
+        }
         match tokio::time::timeout(END_GRACE, self.client.quit()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(error = super::chain(&error), "VMM refuses to quit"),
@@ -373,10 +377,6 @@ impl Execution for VmmExecution {
     }
 
     async fn quit(&self) {
-        let early = self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if let Some((_, connection)) = early {
-            connection.abort();
-        }
         let slot = self.slot.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.end().await;
         if let Some(slot) = slot {

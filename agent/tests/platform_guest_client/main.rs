@@ -8,6 +8,9 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "../shared/command.rs"]
+mod command;
+
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -16,8 +19,8 @@ use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use command::run_to_end;
 use tokio::io::AsyncReadExt as _;
-use torpor_agent::guest_client::channel::last_frame;
 use torpor_agent::guest_client::files::WriteOptions;
 use torpor_agent::guest_client::{GuestClient, GuestClientError};
 use torpor_api::guest::{
@@ -125,27 +128,6 @@ fn shell(line: &str) -> ExecSpec {
         cwd: Some("/".to_owned()),
         timeout_ms: Some(60_000),
         ..ExecSpec::default()
-    }
-}
-
-/// Run a command to its end: exit code, standard output and standard error.
-async fn run_to_end(
-    guest: &GuestClient,
-    spec: ExecSpec,
-) -> Result<(Option<i32>, Vec<u8>, Vec<u8>), GuestClientError> {
-    let mut channel = guest.exec(spec).await?;
-    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
-    loop {
-        let frame = channel.receiver.next().await?;
-        match frame.kind {
-            FrameType::Started => {}
-            FrameType::Stdout => stdout.extend_from_slice(&frame.payload),
-            FrameType::Stderr => stderr.extend_from_slice(&frame.payload),
-            _ => match last_frame(&frame)? {
-                GuestResponse::Exited { code, .. } => return Ok((code, stdout, stderr)),
-                other => panic!("{other:?}"),
-            },
-        }
     }
 }
 

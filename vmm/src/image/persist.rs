@@ -20,6 +20,7 @@ use super::{Extent, Header, HeaderError, HostSignature, ImageFile, ImageLayout, 
 use super::{VMSTATE_CAPACITY, encode_working_set, mark_written};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::memory::Ram;
+use crate::pages::pieces;
 use nix::fcntl::{FallocateFlags, fallocate};
 use std::fs::File;
 use std::io;
@@ -284,7 +285,7 @@ impl Persist {
         let layout = self.baseline.layout();
         let mut written_bytes = 0;
         for run in &plan.write {
-            for pages in chunks(run.clone()) {
+            for pages in pieces(run.clone(), CHUNK_PAGES) {
                 check_cancel(&self.cancel)?;
                 let len = PAGE_SIZE * usize::try_from(pages.end - pages.start).unwrap_or(0);
                 let content = &mut buffer[..len];
@@ -355,15 +356,6 @@ fn fallocate_range(file: &File, flags: FallocateFlags, bytes: &Range<u64>) -> io
             result => return result.map_err(io::Error::from),
         }
     }
-}
-
-/// A range in pieces of at most a chunk.
-pub(super) fn chunks(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let step = usize::try_from(CHUNK_PAGES).unwrap_or(1);
-    let end = pages.end;
-    pages
-        .step_by(step)
-        .map(move |from| from..(from + CHUNK_PAGES).min(end))
 }
 
 #[cfg(test)]

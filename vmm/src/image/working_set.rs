@@ -4,6 +4,7 @@
 //! `u32` each, in order of the first touch. The top bit of the number says that pages of the extent were written.
 
 use super::WORKING_SET_CAPACITY;
+use crate::pages::runs_by;
 use std::collections::HashSet;
 use std::ops::Range;
 
@@ -87,14 +88,8 @@ pub fn merge_working_set(previous: &[Extent], touched: &[Extent], generation: u6
 pub fn mark_written(extents: &[Extent], n_pages: u64, is_written: impl Fn(u64) -> bool) -> Vec<Extent> {
     let mut marked = Vec::with_capacity(extents.len());
     for extent in extents {
-        let pages = extent.pages(n_pages);
-        let mut first = pages.start;
-        while first < pages.end {
-            let written = is_written(first);
-            let end = (first + 1..pages.end).find(|page| is_written(*page) != written);
-            let end = end.unwrap_or(pages.end);
-            marked.extend(Extent::new(first..end).map(|part| part.with_written(written)));
-            first = end;
+        for (run, written) in runs_by(extent.pages(n_pages), &is_written) {
+            marked.extend(Extent::new(run).map(|part| part.with_written(written)));
         }
     }
     marked

@@ -15,6 +15,7 @@
 use super::{MemoryError, PageBitmap, Ram};
 use crate::image::{Extent, PageSource, is_zero};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
+use crate::pages::runs_by;
 use crate::sys::process::as_fd;
 use crate::sys::uffd::{Filled, Uffd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -246,23 +247,18 @@ impl Shared {
     pub(super) fn fill(&self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
         let _no_discard = self.ram.fill.lock().unwrap_or_else(PoisonError::into_inner);
         let mut n_filled = 0;
-        let mut page = pages.start;
-        while page < pages.end {
-            let kind = self.kind(page);
-            let end = (page + 1..pages.end)
-                .find(|next| self.kind(*next) != kind)
-                .unwrap_or(pages.end);
+        for (run, kind) in runs_by(pages, |page| self.kind(page)) {
             match kind {
                 Kind::Filled => {}
                 // May be present: it was touched again after it was given back.
-                Kind::Discarded => self.place_zeros(page..end)?,
+                Kind::Discarded => self.place_zeros(run)?,
                 Kind::InImage => {
-                    self.count_pages(end - page);
-                    self.fill_from_source(page..end, buffer)?;
-                    n_filled += end - page;
+                    let n_pages = run.end - run.start;
+                    self.count_pages(n_pages);
+                    self.fill_from_source(run, buffer)?;
+                    n_filled += n_pages;
                 }
             }
-            page = end;
         }
         Ok(n_filled)
     }
@@ -345,19 +341,6 @@ pub(super) enum Kind {
 pub(super) struct Run<'a> {
     pub(super) bytes: &'a [u8],
     pub(super) zero: bool,
-}
-
-/// The same pages in as few ranges as possible, in order.
-pub(crate) fn union(mut ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    ranges.sort_unstable_by_key(|range| range.start);
-    let mut joined: Vec<Range<u64>> = Vec::new();
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
-            _ => joined.push(range),
-        }
-    }
-    joined
 }
 
 /// Runs of pages that are all zero, or all not.

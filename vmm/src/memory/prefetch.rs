@@ -10,9 +10,10 @@
 //! A page that is mapped was checked when it was read into the page cache; an image in use is written by nobody but
 //! the persist of its own machine, which leaves pages alone that the guest did not write.
 
-use super::lazy::{FillError, Kind, LazyMemory, Shared, runs, union};
+use super::lazy::{FillError, Kind, LazyMemory, Shared, runs};
 use crate::image::Extent;
 use crate::layout::PAGE_SIZE;
+use crate::pages::{bridged, pieces, runs_by, union};
 use std::ops::Range;
 
 /// Pages read and checked at once.
@@ -45,7 +46,7 @@ impl LazyMemory {
         let wanted = extents.iter().map(|extent| extent.pages(n_pages)).collect();
         let ranges = match placement {
             Placement::Copied => union(wanted),
-            Placement::Mapped => bridged(union(wanted)),
+            Placement::Mapped => bridged(wanted, GAP_PAGES),
         };
         for range in &ranges {
             shared.source.will_need(range.clone());
@@ -79,7 +80,11 @@ impl Shared {
         let mut buffer = vec![0; PAGE_SIZE * usize::try_from(BATCH_PAGES).unwrap_or(1)];
         let mut mapper = Mapper::new(self);
         let mut n_filled = 0;
-        for pages in ranges.iter().cloned().flat_map(batches) {
+        for pages in ranges
+            .iter()
+            .cloned()
+            .flat_map(|range| pieces(range, BATCH_PAGES))
+        {
             let may_map = placement == Placement::Mapped && mapper.n_mappings < MAX_MAPPINGS / 2;
             n_filled += if may_map && self.source.file(pages.start).is_some() {
                 mapper.place(pages, &mut buffer)?
@@ -94,14 +99,10 @@ impl Shared {
     /// Best effort: a page that can't be brought now is brought, or refused, when it is touched.
     fn populate(&self, ranges: Vec<Range<u64>>, to_write: bool) {
         for pages in ranges {
-            let mut rest = pages.filter(|page| self.ram.is_mapped(*page)).peekable();
-            while let Some(first) = rest.next() {
-                let mut end = first + 1;
-                while rest.next_if_eq(&end).is_some() {
-                    end += 1;
-                }
-                if let Err(error) = self.ram.populate(first..end, to_write) {
-                    tracing::debug!(first, end, %error, "mapped pages not populated");
+            let mapped = runs_by(pages, |page| self.ram.is_mapped(page)).filter(|(_, is_mapped)| *is_mapped);
+            for (run, _) in mapped {
+                if let Err(error) = self.ram.populate(run.clone(), to_write) {
+                    tracing::debug!(?run, %error, "mapped pages not populated");
                 }
             }
         }
@@ -128,16 +129,10 @@ impl<'s> Mapper<'s> {
     fn place(&mut self, pages: Range<u64>, buffer: &mut [u8]) -> Result<u64, FillError> {
         let shared = self.shared;
         let mut n_filled = 0;
-        let mut first = pages.start;
-        while first < pages.end {
-            let kind = shared.kind(first);
-            let same = |page: &u64| shared.kind(*page) != kind;
-            let end = (first + 1..pages.end).find(same).unwrap_or(pages.end);
-            if kind == Kind::InImage {
-                self.place_missing(first..end, buffer)?;
-                n_filled += end - first;
-            }
-            first = end;
+        let runs = runs_by(pages, |page| shared.kind(page));
+        for (run, _) in runs.filter(|(_, kind)| *kind == Kind::InImage) {
+            n_filled += run.end - run.start;
+            self.place_missing(run, buffer)?;
         }
         Ok(n_filled)
     }
@@ -206,24 +201,4 @@ fn halves(ranges: &[Range<u64>]) -> (&[Range<u64>], &[Range<u64>]) {
         before * 2 >= n_pages
     });
     ranges.split_at(middle.map_or(0, |at| at + 1))
-}
-
-/// Ranges in order with short gaps between them closed.
-fn bridged(ranges: Vec<Range<u64>>) -> Vec<Range<u64>> {
-    let mut joined: Vec<Range<u64>> = Vec::new();
-    for range in ranges {
-        match joined.last_mut() {
-            Some(last) if range.start - last.end <= GAP_PAGES => last.end = range.end,
-            _ => joined.push(range),
-        }
-    }
-    joined
-}
-
-fn batches(pages: Range<u64>) -> impl Iterator<Item = Range<u64>> {
-    let step = usize::try_from(BATCH_PAGES).unwrap_or(1);
-    let end = pages.end;
-    pages
-        .step_by(step)
-        .map(move |from| from..(from + BATCH_PAGES).min(end))
 }

@@ -1,6 +1,7 @@
 //! Which pages of our own address space hold memory of their own: `PAGEMAP_SCAN` (Linux 6.7), or
 //! `/proc/self/pagemap`. Pages of a privately mapped file count once they were written.
 
+use crate::pages::push;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -143,12 +144,5 @@ impl Pagemap {
             }
         }
         Ok(ranges)
-    }
-}
-
-fn push(ranges: &mut Vec<Range<u64>>, next: Range<u64>) {
-    match ranges.last_mut() {
-        Some(last) if last.end == next.start => last.end = next.end,
-        _ => ranges.push(next),
     }
 }

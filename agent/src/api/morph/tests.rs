@@ -1,28 +1,14 @@
 //! The Morph API over a real store, real drivers and a simulated host.
 
 use super::*;
-use crate::api::tests::{Answer, send};
+use crate::api::tests::facade::{call, token};
+use crate::api::tests::send;
 use crate::machine::tests::World;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
 
-const KEY: &str = "Bearer secret";
-
 fn served(world: &World) -> Router {
-    let path = world.directory.path().join("token");
-    std::fs::write(&path, "secret").unwrap();
-    router(world.fleet.clone(), Token::read(&path).unwrap())
-}
-
-/// As the SDK sends it: always a JSON content type, with or without a body.
-async fn call(router: &Router, method: &str, path: &str, body: Value) -> Answer {
-    let body = if body.is_null() {
-        String::new()
-    } else {
-        body.to_string()
-    };
-    let headers = [("authorization", KEY), ("content-type", "application/json")];
-    send(router, method, path, body, &headers).await
+    router(world.fleet.clone(), token(world))
 }
 
 async fn started(router: &Router, body: Value) -> Value {

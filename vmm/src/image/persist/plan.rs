@@ -5,11 +5,12 @@
 //! no persist that failed has written it. So no log of writes is needed, and what devices wrote is seen like what
 //! the guest wrote.
 
-use super::{CHUNK_PAGES, PersistError, check_cancel, chunks, failed};
+use super::{CHUNK_PAGES, PersistError, check_cancel, failed};
 use crate::image::file::page_checksum;
 use crate::image::{ImageFile, PageSource, is_zero};
 use crate::layout::PAGE_SIZE;
 use crate::memory::Ram;
+use crate::pages::{contains, pieces, push};
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
 
@@ -49,7 +50,7 @@ impl Plan {
         let mut from = 0;
         for pages in plan.present.clone() {
             plan.absent(ram, source, from..pages.start, &mut buffers, cancel)?;
-            for chunk in chunks(pages.clone()) {
+            for chunk in pieces(pages.clone(), CHUNK_PAGES) {
                 check_cancel(cancel)?;
                 plan.present_chunk(ram, baseline, chunk, &mut buffers)?;
             }
@@ -69,13 +70,13 @@ impl Plan {
     /// Whether a page was present when the plan was made.
     #[must_use]
     pub fn is_present(&self, page: u64) -> bool {
-        has(&self.present, page)
+        contains(&self.present, page)
     }
 
     /// Whether a page is another than in the image, and not zero.
     #[must_use]
     pub fn is_changed(&self, page: u64) -> bool {
-        !self.fresh && has(&self.write, page)
+        !self.fresh && contains(&self.write, page)
     }
 
     fn present_chunk(
@@ -126,7 +127,7 @@ impl Plan {
         buffers: &mut Buffers,
         cancel: &AtomicBool,
     ) -> Result<(), PersistError> {
-        for chunk in chunks(pages) {
+        for chunk in pieces(pages, CHUNK_PAGES) {
             check_cancel(cancel)?;
             for page in chunk.clone() {
                 if ram.is_discarded(page) {
@@ -146,11 +147,6 @@ impl Plan {
     }
 }
 
-fn has(ranges: &[Range<u64>], page: u64) -> bool {
-    let after = ranges.partition_point(|range| range.end <= page);
-    ranges.get(after).is_some_and(|range| range.contains(&page))
-}
-
 struct Buffers {
     new: Vec<u8>,
     old: Vec<u8>,
@@ -163,12 +159,5 @@ impl Buffers {
             new: vec![0; len],
             old: vec![0; len],
         }
-    }
-}
-
-fn push(ranges: &mut Vec<Range<u64>>, next: Range<u64>) {
-    match ranges.last_mut() {
-        Some(last) if last.end == next.start => last.end = next.end,
-        _ => ranges.push(next),
     }
 }
