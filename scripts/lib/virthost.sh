@@ -65,7 +65,7 @@ launch_qemu() {
     for ((n = 1; n <= SWAP_SLOTS; n++)); do slots+=(-device "pcie-root-port,id=slot$n,chassis=$n"); done
     [[ -z $templates ]] || disk=(-drive "file=$templates,format=raw,if=virtio,readonly=on,cache=unsafe")
     qemu-system-x86_64 -M q35 -accel tcg,thread=multi -cpu EPYC,+svm \
-        -smp "${TORPOR_TESTHOST_CPUS:-2}" -m "${TORPOR_TESTHOST_MEM:-$(default_mem_mib)}" \
+        -smp "${TORPOR_TESTHOST_CPUS:-1}" -m "${TORPOR_TESTHOST_MEM:-$(default_mem_mib)}" \
         -display none -monitor none -no-reboot -serial "file:$STATE/serial.log" \
         -kernel "$image/vmlinuz" -initrd "$image/initrd.img" \
         -append "root=/dev/vda rw console=ttyS0 quiet panic=-1" \
