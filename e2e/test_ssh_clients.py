@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-import torpor
 from test_ssh import HOST, PORT, keys, machine, options  # noqa: F401 (fixtures)
 
 

@@ -1,6 +1,9 @@
 //! Slots with real packets: a private network namespace plays the host, another the world outside, and a guest
 //! is a namespace whose tap is wired to the slot's. Needs root and `nft`; touches nothing of the real host.
 
+#[path = "../../tests/shared/own_host.rs"]
+mod own_host;
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -8,10 +11,11 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::time::Duration;
 
-use nix::mount::{MsFlags, mount};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use torpor_api::vmm::{GATEWAY_IP, GATEWAY_MAC, GUEST_IP, GUEST_MAC, GUEST_PREFIX_LEN};
+
+use own_host::{in_namespaces, runtime};
 
 use super::links::Links;
 use super::pool::{SlotLease, SlotPool};
@@ -148,24 +152,10 @@ fn carry(a: &File, b: &File, stopped: &OwnedFd) {
 
 /// Run `test` on a host of its own that has a world outside.
 fn on_a_host(test: impl AsyncFnOnce(&NetConfig, &Netns) + Send + 'static) {
-    let host = std::thread::spawn(move || {
-        // The mount namespace takes the names of slots with it when a test fails.
-        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
-        mount(
-            None::<&str>,
-            "/",
-            None::<&str>,
-            MsFlags::MS_PRIVATE | MsFlags::MS_REC,
-            None::<&str>,
-        )
-        .unwrap();
+    in_namespaces(move || {
         let dir = tempfile::tempdir().unwrap();
         let world = Netns::new();
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(async {
+        runtime().block_on(async {
             let links = Links::open().unwrap();
             up(&links, "lo", None).await;
             links.add_veth("out0", "wan0", &world.0).await.unwrap();
@@ -190,7 +180,6 @@ fn on_a_host(test: impl AsyncFnOnce(&NetConfig, &Netns) + Send + 'static) {
             assert_nothing_left(&config, &links).await;
         });
     });
-    host.join().unwrap();
 }
 
 async fn assert_nothing_left(config: &NetConfig, links: &Links) {

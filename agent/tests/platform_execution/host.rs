@@ -1,6 +1,7 @@
 //! A host of a test's own: directories, a template, namespaces, and a torpord's platform on it.
 
 use super::fake_vmm;
+use super::own_host::{in_namespaces, runtime};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::net::Ipv4Addr;
@@ -8,8 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
 use torpor_agent::execution::record::Record;
 use torpor_agent::execution::{BlankConfig, Platform};
 use torpor_agent::machine::hypervisor::{Hypervisor as _, MachineSpec, PlatformConfig};
@@ -80,45 +79,17 @@ impl Host {
 }
 
 pub(crate) fn on_a_host(test: impl AsyncFnOnce(&mut Host) + Send + 'static) {
-    let thread = std::thread::spawn(move || {
-        unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
-        mount(
-            None::<&str>,
-            "/",
-            None::<&str>,
-            MsFlags::MS_PRIVATE | MsFlags::MS_REC,
-            None::<&str>,
-        )
-        .unwrap();
+    in_namespaces(move || {
         let dir = tempfile::tempdir().unwrap();
         make_template(&dir.path().join("templates/base"));
         let mut host = Host { dir, max_slots: 8 };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
+        let runtime = runtime();
         let limit = Duration::from_secs(60);
         runtime
             .block_on(async { tokio::time::timeout(limit, test(&mut host)).await })
             .unwrap();
         drop(runtime);
     });
-    thread.join().unwrap();
-}
-
-/// A life of torpord that ends as by SIGKILL: its tasks stop where they are, and what `work` forgets is not
-/// cleaned up.
-pub(crate) fn until_killed<T: Send>(work: impl AsyncFnOnce() -> T + Send) -> T {
-    let live = || {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        let result = runtime.block_on(work());
-        runtime.shutdown_background();
-        result
-    };
-    std::thread::scope(|scope| scope.spawn(live).join().unwrap())
 }
 
 fn make_template(dir: &Path) {

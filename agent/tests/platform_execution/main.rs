@@ -11,6 +11,10 @@
 mod command;
 mod fake_vmm;
 mod host;
+#[path = "../shared/killed.rs"]
+mod killed;
+#[path = "../shared/own_host.rs"]
+mod own_host;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +23,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use command::run_to_end;
-use host::{on_a_host, until_killed};
+use host::on_a_host;
+use killed::until_killed;
 use torpor_agent::execution::Platform;
 use torpor_agent::execution::record::Record;
 use torpor_agent::guest_client::{GuestClient, GuestClientError};

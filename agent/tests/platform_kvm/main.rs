@@ -8,14 +8,19 @@
     reason = "a test fails by panicking"
 )]
 
+#[path = "../shared/killed.rs"]
+mod killed;
+#[path = "../shared/own_host.rs"]
+mod own_host;
+
 mod kvm {
     use std::net::Ipv4Addr;
     use std::path::{Path, PathBuf};
     use std::sync::Arc;
     use std::time::{Duration, SystemTime};
 
-    use nix::mount::{MsFlags, mount};
-    use nix::sched::{CloneFlags, unshare};
+    use super::killed::until_killed;
+    use super::own_host::{in_namespaces, runtime};
     use tokio::io::AsyncReadExt as _;
     use torpor_agent::execution::{BlankConfig, Platform};
     use torpor_agent::guest_client::channel::last_frame;
@@ -41,39 +46,10 @@ while True:
 ";
 
     fn on_a_host(test: impl AsyncFnOnce(&Path) + Send + 'static) {
-        let thread = std::thread::spawn(move || {
-            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
-            mount(
-                None::<&str>,
-                "/",
-                None::<&str>,
-                MsFlags::MS_PRIVATE | MsFlags::MS_REC,
-                None::<&str>,
-            )
-            .unwrap();
+        in_namespaces(move || {
             let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap();
-            runtime.block_on(test(dir.path()));
+            runtime().block_on(test(dir.path()));
         });
-        thread.join().unwrap();
-    }
-
-    /// A life of torpord that ends as by SIGKILL: its tasks stop where they are, and what `work` forgets is not
-    /// cleaned up.
-    fn until_killed<T: Send>(work: impl AsyncFnOnce() -> T + Send) -> T {
-        let live = || {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .enable_all()
-                .build()
-                .unwrap();
-            let result = runtime.block_on(work());
-            runtime.shutdown_background();
-            result
-        };
-        std::thread::scope(|scope| scope.spawn(live).join().unwrap())
     }
 
     fn installed(variable: &str, default: &str) -> PathBuf {
