@@ -49,11 +49,7 @@ fn a_fake_vmm_keeps_to_the_protocol() {
     let path = dir.path().join("s");
     let listener = torpor_ipc::listen_at(&path).unwrap();
     std::thread::spawn(move || serve(listener, "well"));
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime.block_on(async {
+    super::own_host::runtime().block_on(async {
         let (client, _events) = torpor_agent::vmm_client::VmmClient::connect(&path).unwrap();
         let shape = Shape {
             vcpus: 1,
