@@ -2,7 +2,7 @@
 //! and clients are tried against where no virtual machine can run.
 //!
 //! `cargo run --example simulated_host -- <directory> <torpor-guest>` serves the native API on port 17070, Morph's on
-//! 17071 and Nullspace's on 17072, with the token `test`. A pause stops the guest's processes.
+//! 17071, Nullspace's on 17072 and SSH on 17022, with the token `test`. A pause stops the guest's processes.
 
 #![allow(
     clippy::unwrap_used,
@@ -25,6 +25,7 @@ use torpor_agent::machine::fleet::{Fleet, Settings};
 use torpor_agent::machine::hypervisor::*;
 use torpor_agent::machine::leases;
 use torpor_agent::machine::simulated::{SimulatedHost, SimulatedHypervisor};
+use torpor_agent::ssh;
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
 use torpor_api::vmm::{ExitReason, PersistStats};
@@ -245,9 +246,12 @@ async fn main() {
         (17071, api::morph::router(fleet.clone(), token())),
         (17072, api::nullspace::router(fleet.clone(), token())),
     ];
+    let local = |port| std::net::SocketAddr::from(([127, 0, 0, 1], port));
+    let host = "127.0.0.1".to_owned();
+    let gateway = ssh::start(&fleet, local(17022), host, &directory, Some(token())).await;
+    let _gateway = gateway.unwrap();
     for (port, router) in served {
-        let address = std::net::SocketAddr::from(([127, 0, 0, 1], port));
-        api::serve_tcp(address, router, std::future::pending())
+        api::serve_tcp(local(port), router, std::future::pending())
             .await
             .unwrap();
     }

@@ -46,6 +46,14 @@ impl Inside {
         &self.machine
     }
 
+    /// Have the machine awake, for what does not wake it.
+    ///
+    /// # Errors
+    /// The wake's.
+    pub async fn awaken(&self) -> Result<(), MachineError> {
+        self.presence("awaken").await.map(drop)
+    }
+
     async fn presence(&self, operation: &str) -> Result<Presence, MachineError> {
         let cause = serde_json::json!({ "operation": operation });
         self.fleet.presence(&self.machine, self.source, cause).await

@@ -150,7 +150,8 @@ impl StoreError {
         match self {
             Self::Sql { source, .. } if is_disk_full(source) => ErrorCode::DiskFull,
             Self::NameTaken { .. } | Self::ServiceTaken { .. } => ErrorCode::NameConflict,
-            Self::TooManyServices { .. } | Self::KeyReused => ErrorCode::InvalidRequest,
+            Self::TooManyServices { .. } => ErrorCode::InvalidRequest,
+            Self::KeyReused => ErrorCode::IdempotencyConflict,
             Self::Refused { code, .. } => *code,
             Self::NoListenPort => ErrorCode::CapacityExceeded,
             Self::NoMachine { .. } => ErrorCode::MachineNotFound,

@@ -56,6 +56,8 @@ error_codes! {
     MethodNotAllowed = "method_not_allowed", 405, false, "Use a method that the Allow header names.";
     /// The label is taken by another machine.
     NameConflict = "name_conflict", 409, false, "Choose another name, or delete the machine that has it.";
+    /// The Idempotency-Key was used before with another body.
+    IdempotencyConflict = "idempotency_conflict", 409, false, "Use a new key for another request.";
     /// The machine is in a state in which the operation has no meaning.
     MachineNotReady = "machine_not_ready", 409, false, "Look at the machine's state, and resume or restart it first.";
     /// Another operation on the machine is under way.

@@ -6,6 +6,7 @@ pub(super) mod text;
 
 use super::error::{Failure, cut};
 use super::request_id::{self, Shape};
+use crate::machine::fleet::Fleet;
 use axum::Router;
 use axum::extract::Request;
 use axum::http::uri::PathAndQuery;
@@ -18,6 +19,13 @@ use tower::util::MapRequest;
 /// Request IDs and error bodies in this shape.
 pub(super) fn stamped(router: Router, shape: Shape) -> Router {
     router.layer(middleware::from_fn_with_state(shape, request_id::stamp))
+}
+
+/// The size of a disk that callers ask for as the least they need: never below the template's own.
+pub(super) async fn disk_mib(fleet: &Fleet, template: &str, least_mib: Option<u32>) -> Option<u32> {
+    let template = fleet.hypervisor().template(template).await;
+    let own_mib = template.map_or(0, |template| template.disk_mib);
+    least_mib.map(|least_mib| least_mib.max(own_mib))
 }
 
 /// What an API does to the segments of a path before they are routed.

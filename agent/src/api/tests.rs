@@ -198,7 +198,7 @@ async fn the_same_key_makes_one_machine() {
         (StatusCode::CREATED, &first.body["id"])
     );
     let other = send(&router, "POST", "/v1/machines", r#"{"vcpus":2}"#, &key).await;
-    assert_refused(&other, 400, "invalid_request", "another body");
+    assert_refused(&other, 409, "idempotency_conflict", "another body");
     assert_eq!(world.host.n_boots(), 1);
 }
 

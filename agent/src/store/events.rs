@@ -90,6 +90,24 @@ impl Store {
         .await
     }
 
+    /// The machine that an execution belonged to, as events tell, which outlive it.
+    ///
+    /// # Errors
+    /// SQLite refuses, or a row cannot be decoded.
+    pub async fn machine_of_events(&self, execution: ExecutionId) -> Result<Option<MachineId>, StoreError> {
+        self.read("find the events of an execution", move |tx| {
+            let operation = sql("find the events of an execution");
+            // Newest first: whoever asks knows a machine of lately.
+            let text = "SELECT machine_id FROM events WHERE execution_id = ?1 ORDER BY offset DESC LIMIT 1";
+            let mut statement = tx.prepare_cached(text).map_err(&operation)?;
+            let mut rows = statement.query([execution.as_str()]).map_err(&operation)?;
+            let row = rows.next().map_err(&operation)?;
+            row.map(|row| parse(&get::<String>(row, "machine_id")?, "machine_id"))
+                .transpose()
+        })
+        .await
+    }
+
     /// Append one event.
     ///
     /// # Errors

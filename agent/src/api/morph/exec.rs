@@ -21,7 +21,10 @@ use torpor_api::http::ExecRequest;
 /// The longest that a command may run; the SDK knows no limit.
 const LONGEST_MS: u64 = 86_400_000;
 /// A template may come without bash.
-const SHELL: &str = "if command -v bash >/dev/null 2>&1; then exec bash -c \"$1\"; fi; exec sh -c \"$1\"";
+const LINE: &str = "if command -v bash >/dev/null 2>&1; then exec bash -c \"$1\"; fi; exec sh -c \"$1\"";
+/// A program that is not there ends as a shell has it, with 127 and a line on stderr: for the SDK everything that
+/// is not an exit code is a failure of the host.
+const PROGRAM: &str = "exec \"$@\"";
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -38,10 +41,14 @@ pub(super) struct Done {
 
 /// One element is a line for a shell; several are a program with its arguments.
 fn request(exec: Exec) -> Result<ExecRequest, Failure> {
-    let argv = match <[String; 1]>::try_from(exec.command) {
-        Ok([line]) => ["/bin/sh", "-c", SHELL, "sh", &line].map(str::to_owned).to_vec(),
-        Err(argv) => argv,
+    let Exec { command } = exec;
+    let script = match command.as_slice() {
+        [] => return Err(Failure::invalid("command is empty")),
+        [_] => LINE,
+        _ => PROGRAM,
     };
+    let shell = ["/bin/sh", "-c", script, "sh"].map(str::to_owned);
+    let argv = shell.into_iter().chain(command).collect();
     let request = ExecRequest {
         argv,
         timeout_ms: Some(LONGEST_MS),

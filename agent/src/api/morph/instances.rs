@@ -51,13 +51,6 @@ impl Shape {
     pub(super) fn memory(self) -> u32 {
         self.memory.unwrap_or(DEFAULT_MEMORY_MIB)
     }
-
-    /// The vendor's images are smaller than ours: a disk that is asked for is at least as large as its image.
-    pub(super) async fn disk(self, fleet: &Fleet, template: &str) -> Option<u32> {
-        let image = fleet.hypervisor().template(template).await;
-        self.disk_size
-            .map(|asked| asked.max(image.map_or(0, |image| image.disk_mib)))
-    }
 }
 
 /// Keys and values of a query, several of which begin with `metadata[`.
@@ -239,7 +232,8 @@ impl Reboot {
         }
         if self.ttl_seconds.is_some() {
             let ttl = Ttl::new(self.ttl_seconds, self.ttl_action);
-            fleet.set_lease(id, ttl.lease(None)?, PolicyRule::Any).await?;
+            let before = fleet.view(id).await?.lease.map(|lease| lease.policy.action);
+            fleet.set_lease(id, ttl.lease(before)?, PolicyRule::Any).await?;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@
 
 use super::super::error::Failure;
 use super::super::extract::{Json as Body, Named, OptionalJson, Query};
+use super::super::facade::disk_mib;
 use super::super::machines::to_the_end;
 use super::super::snapshots::NamedSnapshot;
 use super::super::validate;
@@ -115,7 +116,7 @@ pub(super) async fn create(
     let machine = CreateMachine {
         vcpus: shape.vcpus(),
         mem_mib: shape.memory(),
-        disk_mib: shape.disk(&fleet, &template).await,
+        disk_mib: disk_mib(&fleet, &template, shape.disk_size).await,
         template,
         ..CreateMachine::default()
     };

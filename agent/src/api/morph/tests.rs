@@ -1,5 +1,7 @@
 //! The Morph API over a real store, real drivers and a simulated host.
 
+mod exec;
+
 use super::*;
 use crate::api::tests::facade::{call, token};
 use crate::api::tests::send;
@@ -144,32 +146,6 @@ async fn policies_change_in_part_and_in_any_state() {
     call(&router, "DELETE", &format!("{path}/http/agent"), Value::Null).await;
     let shown = call(&router, "GET", &path, Value::Null).await.body;
     assert_eq!(shown["networking"]["http_services"], json!([]));
-}
-
-#[tokio::test]
-async fn exec_wakes_when_ssh_does_and_conflicts_otherwise() {
-    let world = World::new();
-    let router = served(&world);
-    let instance = started(&router, nothing_said()).await;
-    let path = format!("/instance/{}", instance["id"].as_str().unwrap());
-    let count = || json!({ "command": ["count", "x"] });
-    let done = call(&router, "POST", &format!("{path}/exec"), count()).await.body;
-    assert_eq!(done, json!({ "exit_code": 0, "stdout": "1", "stderr": "" }));
-    call(&router, "POST", &format!("{path}/pause"), Value::Null).await;
-    let refused = call(&router, "POST", &format!("{path}/exec"), count()).await;
-    assert_eq!(
-        (refused.status, &refused.body["code"]),
-        (StatusCode::CONFLICT, &json!("instance_paused"))
-    );
-    call(
-        &router,
-        "POST",
-        &format!("{path}/wake-on"),
-        json!({ "wake_on_ssh": true }),
-    )
-    .await;
-    let done = call(&router, "POST", &format!("{path}/exec"), count()).await.body;
-    assert_eq!(done["stdout"], "2");
 }
 
 #[tokio::test]
@@ -360,6 +336,20 @@ async fn a_reboot_gives_up_the_memory_and_may_change_the_shape() {
     assert_eq!(
         (&larger["metadata"], &larger["status"]),
         (&json!({ "a": "b" }), &json!("ready"))
+    );
+    let ttl = json!({ "ttl_seconds": 900, "ttl_action": "pause" });
+    call(&router, "POST", &format!("{path}/ttl"), ttl).await;
+    let kept = call(
+        &router,
+        "POST",
+        &format!("{path}/reboot"),
+        json!({ "ttl_seconds": 60 }),
+    )
+    .await;
+    assert_eq!(
+        (&kept.body["ttl"]["ttl_seconds"], &kept.body["ttl"]["ttl_action"]),
+        (&json!(60), &json!("pause")),
+        "an action that is not said stays"
     );
     let refused = call(&router, "POST", &format!("{path}/reboot"), json!({ "vcpus": 99 })).await;
     assert_eq!(refused.status, StatusCode::BAD_REQUEST);

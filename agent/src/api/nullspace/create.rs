@@ -2,6 +2,7 @@
 
 use super::super::error::Failure;
 use super::super::extract::RawJson;
+use super::super::facade::disk_mib;
 use super::super::machines::{idempotency, to_the_end};
 use super::super::validate;
 use super::model::{Info, TimeoutAction, stored_metadata};
@@ -178,7 +179,9 @@ pub(super) async fn create(
     RawJson(bytes, body): RawJson<Create>,
 ) -> Result<(StatusCode, Json<Info>), Failure> {
     let idempotency = idempotency(&headers, &bytes)?;
-    let body = body.into_native()?;
+    let template = body.template.as_deref().unwrap_or_default();
+    let disk_mb = disk_mib(&fleet, template, body.disk_mb).await;
+    let body = Create { disk_mb, ..body }.into_native()?;
     let machine = to_the_end(async move {
         let id = fleet.create(CreateOrder { body, idempotency }).await?;
         Ok(fleet.view(&id).await?)

@@ -4,14 +4,19 @@ use serde_json::{Value, json};
 use torpor_api::http::Machine;
 use torpor_api::{ApiError, ErrorCode, ExecutionId};
 
-pub(super) fn shape(error: ApiError) -> (u16, Value) {
-    let (status, code) = match error.code {
+/// Status and code.
+pub(super) fn words(code: ErrorCode) -> (u16, &'static str) {
+    match code {
         // A call that needs the guest of a sleeping machine conflicts with its state; nothing is unavailable.
         ErrorCode::AutoResumeDisabled => (409, "machine_not_ready"),
         ErrorCode::AutoResumeNeedsPause => (400, "invalid_request"),
         ErrorCode::RouteNotFound => (404, "not_found"),
         code => (code.status(), code.as_str()),
-    };
+    }
+}
+
+pub(super) fn shape(error: ApiError) -> (u16, Value) {
+    let (status, code) = words(error.code);
     let body = json!({
         "error": error.error,
         "code": code,

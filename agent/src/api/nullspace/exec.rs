@@ -12,6 +12,7 @@ use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use torpor_api::ErrorCode;
 use torpor_api::guest::ProcessEntry;
 use torpor_api::http::ExecRequest;
 
@@ -123,7 +124,9 @@ pub(super) async fn processes(
     State(fleet): State<Fleet>,
     Named(id): Named,
 ) -> Result<Json<Vec<ProcessInfo>>, Failure> {
-    let processes = fleet.inside(id, WakeSource::Api).processes().await?;
+    let inside = fleet.inside(id, WakeSource::Api);
+    inside.awaken().await?;
+    let processes = inside.processes().await?;
     let processes = processes.into_iter().map(ProcessInfo::from);
     Ok(Json(processes.collect()))
 }
@@ -176,6 +179,14 @@ pub(super) async fn kill(
     Path((_, pid)): Path<(String, u32)>,
     OptionalJson(Nothing {}): OptionalJson<Nothing>,
 ) -> Result<StatusCode, Failure> {
-    fleet.inside(id, WakeSource::Api).kill(pid, SIGKILL).await?;
-    Ok(StatusCode::NO_CONTENT)
+    let inside = fleet.inside(id, WakeSource::Api);
+    match inside.kill(pid, SIGKILL).await {
+        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        // Whoever cleans up after a process that has ended by itself has what they want.
+        Err(error) if error.code == ErrorCode::ProcessNotFound => {
+            inside.process(pid).await?;
+            Ok(StatusCode::NO_CONTENT)
+        }
+        Err(error) => Err(error.into()),
+    }
 }

@@ -16,7 +16,7 @@ use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use torpor_api::http::Event;
-use torpor_api::{ExecutionId, MachineId};
+use torpor_api::{ErrorCode, ExecutionId, MachineId, ids};
 
 /// How far back lists look.
 const KEPT: u32 = 5_000;
@@ -83,6 +83,7 @@ fn words(kind: &str) -> Option<(&'static str, &'static str)> {
         "machine.resume_failed" | "machine.image_refused" => ("resume_from_snapshot", "failed"),
         "machine.lease_set" => ("timeout_updated", "succeeded"),
         "machine.deleted" => ("destroy", "succeeded"),
+        "machine.forked" => ("fork", "succeeded"),
         "snapshot.created" => ("snapshot_created", "succeeded"),
         "machine.adopted" | "machine.memory_lost" | "machine.memory_rolled_back" => {
             ("reconcile", "succeeded")
@@ -115,6 +116,7 @@ fn told(event: &Event) -> Vec<Info> {
         .map_or_else(|| event.machine_id.to_string(), machine_id_of);
     let before: Option<ExecutionId> = text("previous_execution_id").and_then(|id| id.parse().ok());
     let resumes = operation == "resume_from_snapshot";
+    let fork: Option<ExecutionId> = text("fork_execution_id").and_then(|id| id.parse().ok());
     let snapshot_id = match operation {
         "hibernate" if status == "succeeded" => event.execution_id.as_ref().map(random),
         "resume_from_snapshot" => before.as_ref().map(random),
@@ -128,8 +130,14 @@ fn told(event: &Event) -> Vec<Info> {
         status,
         actor_kind: actor_kind(&event.actor),
         snapshot_id,
-        source_machine_id: before.as_ref().filter(|_| resumes).map(machine_id_of),
-        target_machine_id: resumes.then(|| machine_id.clone()),
+        source_machine_id: match &fork {
+            Some(_) => Some(machine_id.clone()),
+            None => before.as_ref().filter(|_| resumes).map(machine_id_of),
+        },
+        target_machine_id: match &fork {
+            Some(fork) => Some(machine_id_of(fork)),
+            None => resumes.then(|| machine_id.clone()),
+        },
         machine_id,
         reason: (event.actor == "lease").then(|| "timeout_expired".to_owned()),
         error_code: text("code"),
@@ -175,12 +183,25 @@ impl Wanted {
     }
 }
 
-/// The machine that an event filter names; events outlive machines, so their first ID is taken as it is.
+/// The machine that somebody asks about; events outlive machines, and know them by every ID they had.
 async fn machine_of(fleet: &Fleet, text: &str) -> Result<MachineId, Failure> {
-    match fleet.resolve(text).await {
-        Ok(id) => Ok(id),
-        Err(error) => text.parse().map_err(|_| error.into()),
+    let error = match fleet.resolve(text).await {
+        Err(error) if error.code == ErrorCode::MachineNotFound => error,
+        resolved => return Ok(resolved?),
+    };
+    for spelling in ids::spellings(text) {
+        if let Ok(execution) = spelling.parse()
+            && let Some(machine) = fleet.store().machine_of_events(execution).await?
+        {
+            return Ok(machine);
+        }
+        if let Ok(machine) = spelling.parse::<MachineId>()
+            && !fleet.store().last_events(machine.clone(), 1).await?.is_empty()
+        {
+            return Ok(machine);
+        }
     }
+    Err(error.into())
 }
 
 async fn list_of(fleet: &Fleet, machine: Option<MachineId>, wanted: &Wanted) -> Result<Json<List>, Failure> {

@@ -9,6 +9,7 @@ mod pty;
 
 use super::super::error::Failure;
 use super::super::extract::{Named, Query};
+use super::dialect::words;
 use crate::inside::Inside;
 use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
@@ -73,7 +74,8 @@ pub(super) async fn connect(
 
 /// The error frame of a request.
 fn failed(id: &str, error: &MachineError) -> Value {
-    json!({ "type": "error", "id": id, "message": error.message, "code": error.code })
+    let (_, code) = words(error.code);
+    json!({ "type": "error", "id": id, "message": error.message, "code": code })
 }
 
 fn misread(message: impl std::fmt::Display) -> Value {

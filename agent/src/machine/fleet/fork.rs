@@ -6,7 +6,7 @@ use super::super::error::MachineError;
 use super::create::{Shown, Source};
 use super::snapshots::show;
 use super::{CreateOrder, Fleet, SnapshotOrder};
-use crate::store::{Idempotency, MachineRow, SnapshotPurpose, SnapshotRow};
+use crate::store::{Idempotency, MachineRow, NewEvent, SnapshotPurpose, SnapshotRow};
 use torpor_api::http::{
     CreateMachine, CreateSnapshot, ForkMachine, Forked, ServiceSpec, Snapshot, SnapshotStatus, WakePolicy,
 };
@@ -60,11 +60,21 @@ impl Fleet {
             }
         }
         let mut forked = Forked {
-            snapshot: order.body.keep_snapshot.then(|| show(snapshot)),
+            snapshot: order.body.keep_snapshot.then(|| show(snapshot.clone())),
             machines: Vec::new(),
         };
         for machine in machines? {
-            forked.machines.push(self.view(&machine).await?);
+            let fork = self.view(&machine).await?;
+            let detail = serde_json::json!({
+                "fork_id": fork.id,
+                "fork_execution_id": fork.last_execution_id,
+            });
+            let event = NewEvent {
+                execution: snapshot.execution.clone(),
+                ..self.event(id, "machine.forked", "api", detail)
+            };
+            self.shared.store.append_event(event).await?;
+            forked.machines.push(fork);
         }
         Ok(forked)
     }

@@ -195,6 +195,7 @@ fn no_terminal(what: impl std::fmt::Display) -> MachineError {
 /// The terminal's process, if it is still that one.
 async fn find(inside: &Inside, name: &str) -> Result<(ProcessEntry, WindowSize), MachineError> {
     let (pid, serial) = parse(name).ok_or_else(|| no_terminal(super::super::super::error::cut(name)))?;
+    inside.awaken().await?;
     let process = inside.process(pid).await?;
     match process.tty {
         Some(size) if process.serial == serial => Ok((process, size)),
@@ -213,6 +214,7 @@ async fn connect(
             (process.pid, size)
         }
         (None, Some(Which::Pid(pid))) => {
+            inside.awaken().await?;
             let process = inside.process(pid).await?;
             (pid, process.tty.ok_or_else(|| no_terminal(pid))?)
         }
@@ -278,7 +280,9 @@ pub(in crate::api::nullspace) async fn list(
     State(fleet): State<Fleet>,
     Named(id): Named,
 ) -> Result<Json<Vec<Info>>, Failure> {
-    let processes = fleet.inside(id, WakeSource::Api).processes().await?;
+    let inside = fleet.inside(id, WakeSource::Api);
+    inside.awaken().await?;
+    let processes = inside.processes().await?;
     let running = processes.iter().filter(|process| process.running);
     let terminals = running.filter_map(|process| Some(info(process, process.tty?)));
     Ok(Json(terminals.collect()))
