@@ -149,6 +149,8 @@ pub struct LimitsConfig {
     pub drain_grace_ms: u64,
     /// Guest memory of all running machines together, in MiB; the host's memory if not given.
     pub max_running_mem_mib: Option<u32>,
+    /// With it, a machine that nobody used for so many seconds is put to sleep when another one waits for memory.
+    pub pause_idle_after_s: Option<u64>,
     /// Most machines that run at a time.
     pub max_running: u16,
     /// Most sleeping machines to which clients keep connections open; past it the oldest loses them.
@@ -216,6 +218,7 @@ impl Default for LimitsConfig {
             wake_timeout_s: 30,
             drain_grace_ms: 2000,
             max_running_mem_mib: None,
+            pause_idle_after_s: None,
             max_running: 256,
             max_parked: 256,
             console_limit_kib: 1024,
@@ -331,6 +334,7 @@ impl Config {
             wake_timeout: Duration::from_secs(self.limits.wake_timeout_s),
             drain_grace: Duration::from_millis(self.limits.drain_grace_ms),
             max_running_mem_mib: self.limits.max_running_mem_mib.unwrap_or_else(host_mib),
+            idle_before_pause: self.limits.pause_idle_after_s.map(Duration::from_secs),
             service_host: host_of(self.proxy.listen_ip),
             warm_templates: self.templates.warm,
             endpoints: self.endpoints(),

@@ -6,8 +6,10 @@
 //! * [`gate`] – the way into a running machine; [`lines`] – connections that outlast pauses;
 //!   [`routes`] – which port leads to which machine.
 //! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
+//! * [`admission`] – memory of the host, first come, first served; [`room`] – who sleeps so that others can run.
 //! * [`clock`] – time, injected; [`dawn`] – who waits for a machine to run; [`error`] – the one error of operations.
 
+pub mod admission;
 pub mod clock;
 pub mod dawn;
 pub mod driver;
@@ -20,6 +22,7 @@ pub mod lines;
 pub mod recovery;
 pub mod registry;
 pub mod retention;
+pub mod room;
 pub mod routes;
 pub mod simulated;
 pub mod state;

@@ -2,16 +2,13 @@
 
 use super::error::Failure;
 use super::extract::Named;
-use crate::machine::fleet::{Fleet, WakeSource};
+use crate::machine::fleet::Fleet;
 use axum::Json;
 use axum::extract::State;
-use std::time::Duration;
 use torpor_api::http::{Event, MachineStatus, Why};
 
 /// How far back the cause is looked for.
 const LOOK_BACK: u32 = 200;
-/// A guest that is asked for its hold may take this long.
-const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Events that change whether a machine is awake.
 const CAUSES: &[&str] = &[
@@ -37,11 +34,7 @@ pub(super) async fn why(State(fleet): State<Fleet>, Named(id): Named) -> Result<
         .into_iter()
         .find(|event| CAUSES.contains(&event.kind.as_str()));
     let hold = match machine.status {
-        MachineStatus::Running => {
-            let asked = fleet.inside(id.clone(), WakeSource::Api);
-            let answer = tokio::time::timeout(PATIENCE, asked.hold()).await;
-            answer.ok().and_then(Result::ok).flatten()
-        }
+        MachineStatus::Running => fleet.hold_of(&id).await,
         _ => None,
     };
     Ok(Json(Why {
@@ -72,6 +65,7 @@ fn sentence(event: &Event) -> String {
         "machine.adopted" => "found running when torpord started",
         "machine.pause_cancelled" => "kept awake in the middle of a pause",
         "machine.pause_failed" => "still awake, because a pause failed",
+        "machine.paused" if event.actor == "room" => "put to sleep to make room for another machine",
         "machine.paused" => "put to sleep",
         "machine.resume_failed" => "still asleep, because a wake failed",
         "machine.image_refused" => "still asleep, because its memory was refused",

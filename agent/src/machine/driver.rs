@@ -24,6 +24,7 @@ pub use operation::WakeReport;
 pub use snapshots::Staged;
 pub use waiters::{Command, Need, PauseOrder, WakeOrder, Woken};
 
+use super::admission::{Patience, Reservation};
 use super::error::MachineError;
 use super::fleet::Shared;
 use super::gate::{Epoch, Gate};
@@ -34,7 +35,7 @@ use operation::{Operation, Outcome};
 use snapshots::Snapshots;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{OwnedSemaphorePermit, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use torpor_api::MachineId;
 use torpor_api::http::LastError;
 use torpor_api::vmm::{ExitReason, PersistStats, VmmState};
@@ -91,7 +92,9 @@ pub(super) struct Driver {
     uncommitted: Option<Transition>,
     epoch: Option<Arc<Epoch>>,
     exit: Option<watch::Receiver<Option<ExitReason>>>,
-    permit: Option<OwnedSemaphorePermit>,
+    memory: Option<Reservation>,
+    /// Of the boot or restore that is under way.
+    patience: Option<Patience>,
     /// No image of this generation or below is written again.
     image_floor: u64,
     /// Generation of the image that was last found complete on disk.
@@ -219,7 +222,8 @@ impl Driver {
             uncommitted: None,
             epoch: None,
             exit: None,
-            permit: None,
+            memory: None,
+            patience: None,
             persisted: None,
             pause: PauseOrder::by("recovery"),
             wake: WakeOrder::by("recovery"),

@@ -1,5 +1,6 @@
 //! The one error of operations on machines; clonable, because one outcome answers every waiter.
 
+use super::admission::NotAdmitted;
 use super::hypervisor::HypervisorError;
 use super::state::Denied;
 use crate::store::StoreError;
@@ -52,6 +53,12 @@ impl From<HypervisorError> for MachineError {
             code: error.code,
             message: chain(&error),
         }
+    }
+}
+
+impl From<NotAdmitted> for MachineError {
+    fn from(error: NotAdmitted) -> Self {
+        Self::new(ErrorCode::CapacityExceeded, error.to_string())
     }
 }
 

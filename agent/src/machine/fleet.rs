@@ -24,6 +24,7 @@ pub use reboot::Reshape;
 pub use snapshots::SnapshotOrder;
 pub use view::{MachineQuery, status_counts};
 
+use super::admission::Admission;
 use super::clock::Clock;
 use super::dawn::Dawn;
 use super::driver::{self, Command, Entry, Live, Need, PauseOrder, WakeOrder, Woken};
@@ -40,7 +41,7 @@ use crate::store::{MachineRow, NewEvent, Store};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use torpor_api::http::{Endpoints, ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
@@ -57,6 +58,8 @@ pub struct Settings {
     pub drain_grace: Duration,
     /// Guest memory of all running machines together, in MiB.
     pub max_running_mem_mib: u32,
+    /// A machine that nobody used for so long is put to sleep when another one waits for memory; `None` if none is.
+    pub idle_before_pause: Option<Duration>,
     /// Host part of service URLs.
     pub service_host: String,
     /// Where the APIs and the SSH gateway are reached.
@@ -71,6 +74,7 @@ impl Default for Settings {
             wake_timeout: Duration::from_secs(30),
             drain_grace: Duration::from_secs(2),
             max_running_mem_mib: 1 << 20,
+            idle_before_pause: None,
             service_host: "127.0.0.1".to_owned(),
             endpoints: Endpoints::default(),
             warm_templates: false,
@@ -123,7 +127,7 @@ pub struct Shared {
     pub(super) registry: Registry,
     pub(super) routes: Arc<Routes>,
     pub(super) ssh: OnceLock<Arc<Door>>,
-    pub(super) memory: Arc<Semaphore>,
+    pub(super) memory: Arc<Admission>,
     pub(super) edge: Edge,
     pub(super) lines: Arc<LineBook>,
     pub(super) filters: Filters,
@@ -135,13 +139,6 @@ pub struct Shared {
     pub(super) tasks: TaskTracker,
     pub(super) halted: CancellationToken,
     pub(super) settings: Settings,
-}
-
-impl Shared {
-    /// Host memory for a machine that runs already; none if the host is over its bound.
-    pub(super) fn try_admit(&self, mem_mib: u32) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.memory).try_acquire_many_owned(mem_mib).ok()
-    }
 }
 
 /// All machines of this host; clones share them.
@@ -159,7 +156,6 @@ impl Fleet {
         clock: Arc<dyn Clock>,
         settings: Settings,
     ) -> Self {
-        let permits = usize::try_from(settings.max_running_mem_mib).unwrap_or(usize::MAX);
         Self {
             shared: Arc::new(Shared {
                 store,
@@ -168,7 +164,7 @@ impl Fleet {
                 registry: Registry::default(),
                 routes: Arc::default(),
                 ssh: OnceLock::new(),
-                memory: Arc::new(Semaphore::new(permits.min(Semaphore::MAX_PERMITS))),
+                memory: Admission::new(settings.max_running_mem_mib),
                 edge: Edge::default(),
                 lines: Arc::default(),
                 filters: Filters::default(),
@@ -297,6 +293,7 @@ impl Fleet {
         self.check_entry(id, source).await?;
         let order = WakeOrder {
             cause,
+            patience: Some(bound),
             ..WakeOrder::by(source.actor())
         };
         self.bounded(
@@ -430,6 +427,14 @@ impl Fleet {
         answer: impl Future<Output = Result<T, MachineError>>,
     ) -> Result<T, MachineError> {
         tokio::time::timeout(bound, answer).await.unwrap_or_else(|_| {
+            // The wake's own patience ends in the same moment; which of the two is told must not be luck.
+            if self.shared.memory.is_waiting(id) {
+                let message = format!(
+                    "machine {id} got no memory of the host within {} s",
+                    bound.as_secs_f64()
+                );
+                return Err(MachineError::new(ErrorCode::CapacityExceeded, message));
+            }
             let message = format!("machine {id} was not awake within {} s", bound.as_secs_f64());
             Err(MachineError::new(ErrorCode::ResumeTimeout, message))
         })

@@ -148,6 +148,13 @@ impl Gate {
         self.at_work.load(Ordering::Acquire) > 0
     }
 
+    /// Nobody is inside, and no command runs in the guest on somebody's behalf.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        let is_empty = |epoch: &Arc<Epoch>| epoch.inside.load(Ordering::Acquire) == 0;
+        self.lock().as_ref().is_some_and(is_empty) && !self.is_at_work()
+    }
+
     /// Unix time in milliseconds at which somebody last went in; 0 if never.
     #[must_use]
     pub fn last_entered_unix_ms(&self) -> u64 {

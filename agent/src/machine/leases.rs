@@ -6,7 +6,7 @@
 //! out.
 
 use super::driver::PauseOrder;
-use super::fleet::{Fleet, WakeSource};
+use super::fleet::Fleet;
 use crate::store::DueLease;
 use std::collections::HashMap;
 use std::time::Duration;
@@ -15,8 +15,6 @@ use torpor_api::{ErrorCode, LeaseAction, LeaseMode, MachineId};
 /// A lease that could not be carried out is looked at again after this long.
 pub const RETRY: Duration = Duration::from_secs(30);
 const CLAIMED_AT_ONCE: u32 = 64;
-/// How long a guest may take to say whether it is held.
-const HOLD_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Carry out leases for as long as the process lives.
 pub async fn run(fleet: Fleet) {
@@ -114,9 +112,7 @@ async fn is_held(fleet: &Fleet, lease: &DueLease) -> bool {
     if lease.policy.mode != LeaseMode::Sliding {
         return false;
     }
-    let inside = fleet.inside(lease.machine.clone(), WakeSource::Api);
-    // A guest that does not answer holds nothing.
-    let Ok(Ok(Some(hold))) = tokio::time::timeout(HOLD_PATIENCE, inside.hold()).await else {
+    let Some(hold) = fleet.hold_of(&lease.machine).await else {
         return false;
     };
     let window = lease.policy.seconds.saturating_mul(1000);

@@ -1,5 +1,6 @@
 //! The lifecycle over a real store and a simulated host.
 
+mod admission;
 mod faults;
 mod leases;
 mod oracle;

@@ -1,5 +1,6 @@
 //! Effects of the transition table as calls.
 
+use super::super::admission::{Patience, Reservation};
 use super::super::error::MachineError;
 use super::super::fleet::Shared;
 use super::super::gate::Epoch;
@@ -11,7 +12,6 @@ use super::{Driver, Need};
 use crate::store::NewEvent;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::OwnedSemaphorePermit;
 use torpor_api::{ErrorCode, ExecutionId};
 
 /// How often a VMM is asked to set its guest free, and how long apart.
@@ -32,7 +32,10 @@ impl Driver {
                 self.lose();
             }
             Effect::Boot => self.begin_boot(event).await,
-            Effect::Restore => self.begin(effect, restore(Arc::clone(&self.shared), self.up_order())),
+            Effect::Restore => {
+                let order = self.up_order();
+                self.begin(effect, restore(Arc::clone(&self.shared), order));
+            }
             Effect::Freeze => self.begin_freeze(),
             Effect::Persist => self.begin_persist(),
             Effect::CommitPause => self.begin_commit_pause(),
@@ -67,13 +70,18 @@ impl Driver {
         }
     }
 
-    fn up_order(&self) -> UpOrder {
+    fn up_order(&mut self) -> UpOrder {
+        let wait = self.wake.patience.unwrap_or(self.shared.settings.wake_timeout);
+        let patience = Patience::of(wait);
+        self.patience = Some(patience.clone());
         UpOrder {
             spec: self.row.spec.clone(),
             generation: self.row.image_generation,
             asked: self.wake.asked,
             first_port: self.wake.first_port(),
             first: First::Boot,
+            patience,
+            memory: self.memory.take(),
         }
     }
 
@@ -252,29 +260,27 @@ struct UpOrder {
     first_port: Option<u16>,
     /// What a new machine begins with.
     first: First,
+    /// How long it may wait for memory.
+    patience: Patience,
+    /// What it has already, because it reboots.
+    memory: Option<Reservation>,
 }
 
-async fn admit(shared: &Shared, mem_mib: u32) -> Result<OwnedSemaphorePermit, MachineError> {
-    let full = || {
-        MachineError::new(
-            ErrorCode::CapacityExceeded,
-            format!("the host has no {mem_mib} MiB of memory to give"),
-        )
-    };
-    if mem_mib > shared.settings.max_running_mem_mib {
-        return Err(full());
-    }
-    let admission = Arc::clone(&shared.memory).acquire_many_owned(mem_mib);
-    match tokio::time::timeout(shared.settings.wake_timeout, admission).await {
-        Ok(Ok(permit)) => Ok(permit),
-        Ok(Err(_)) | Err(_) => Err(full()),
+async fn admit(shared: &Shared, order: &mut UpOrder) -> Result<Reservation, MachineError> {
+    let spec = &order.spec;
+    match order.memory.take() {
+        Some(memory) if memory.is_of(spec.mem_mib) => Ok(memory),
+        Some(_) | None => Ok(shared
+            .memory
+            .reserve(&spec.id, spec.mem_mib, &order.patience)
+            .await?),
     }
 }
 
-async fn boot(shared: Arc<Shared>, order: UpOrder) -> Outcome {
+async fn boot(shared: Arc<Shared>, mut order: UpOrder) -> Outcome {
     let began = Instant::now();
-    let permit = match admit(&shared, order.spec.mem_mib).await {
-        Ok(permit) => permit,
+    let memory = match admit(&shared, &mut order).await {
+        Ok(memory) => memory,
         Err(error) => return Outcome::Booted(Err(error)),
     };
     let admitted = began.elapsed();
@@ -284,7 +290,7 @@ async fn boot(shared: Arc<Shared>, order: UpOrder) -> Outcome {
         Ok(first) => Outcome::Booted(Ok(Up {
             execution: first.execution,
             image_generation: first.image_generation,
-            permit,
+            memory,
             report: WakeReport {
                 execution: id,
                 decided: began.saturating_duration_since(order.asked),
@@ -296,10 +302,10 @@ async fn boot(shared: Arc<Shared>, order: UpOrder) -> Outcome {
     }
 }
 
-async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
+async fn restore(shared: Arc<Shared>, mut order: UpOrder) -> Outcome {
     let began = Instant::now();
-    let permit = match admit(&shared, order.spec.mem_mib).await {
-        Ok(permit) => permit,
+    let memory = match admit(&shared, &mut order).await {
+        Ok(memory) => memory,
         Err(error) => return Outcome::Restored(Err(HypervisorError::new(error.code, error.message))),
     };
     let admitted = began.elapsed();
@@ -313,7 +319,7 @@ async fn restore(shared: Arc<Shared>, order: UpOrder) -> Outcome {
         Ok((execution, stages)) => Outcome::Restored(Ok(Up {
             execution,
             image_generation: order.generation,
-            permit,
+            memory,
             report: WakeReport {
                 execution: id,
                 decided: began.saturating_duration_since(order.asked),

@@ -1,12 +1,12 @@
 //! The execution that a driver holds: taken, let go, ended by itself.
 
+use super::super::admission::Reservation;
 use super::super::error::MachineError;
 use super::super::gate::Epoch;
 use super::super::hypervisor::{Execution, ImageState};
 use super::super::state::{Event, State};
 use super::{ADOPTION_PATIENCE, Driver};
 use std::sync::Arc;
-use tokio::sync::OwnedSemaphorePermit;
 use torpor_api::ErrorCode;
 use torpor_api::vmm::ExitReason;
 
@@ -18,22 +18,22 @@ impl Driver {
             let persisted = status.persisted.map_or(0, |stats| stats.generation);
             self.image_floor = self.image_floor.max(persisted);
         }
-        let permit = self.shared.try_admit(self.row.spec.mem_mib);
-        self.hold(execution, permit);
+        let memory = self.shared.memory.take(self.row.spec.mem_mib);
+        self.hold(execution, memory);
     }
 
     /// Take an execution as the machine's live one.
-    pub(super) fn hold(&mut self, execution: Arc<dyn Execution>, permit: Option<OwnedSemaphorePermit>) {
+    pub(super) fn hold(&mut self, execution: Arc<dyn Execution>, memory: Reservation) {
         self.exit = Some(execution.exited());
         self.epoch = Some(Epoch::of(execution));
-        self.permit = permit;
+        self.memory = Some(memory);
     }
 
     /// Let go of the live execution, whose VMM is gone.
     pub(super) fn let_go(&mut self) {
         self.gate.shut();
         self.exit = None;
-        self.permit = None;
+        self.memory = None;
         if let Some(epoch) = self.epoch.take() {
             epoch.over.cancel();
         }
@@ -62,8 +62,11 @@ impl Driver {
         if let Some(epoch) = self.epoch.clone() {
             epoch.execution.quit().await;
         }
+        let memory = self.memory.take();
         self.lose();
         let event = self.judge(reason).await;
+        // What it is about to use again is not up to others meanwhile.
+        self.memory = memory.filter(|_| event == Event::Rebooted);
         self.apply(event).await;
     }
 

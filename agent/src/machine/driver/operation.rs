@@ -1,5 +1,6 @@
 //! The one operation that a driver has under way, and what its end means.
 
+use super::super::admission::Reservation;
 use super::super::error::{MachineError, chain};
 use super::super::hypervisor::{Execution, FreezeTrace, HypervisorError, Ran, WakeStages};
 use super::super::state::{Effect, Event};
@@ -9,7 +10,6 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::OwnedSemaphorePermit;
 use torpor_api::vmm::{ExitReason, PersistStats};
 use torpor_api::{ErrorCode, ExecutionId};
 
@@ -31,7 +31,7 @@ impl Operation {
 /// An execution that came up, with the host memory that is reserved for it.
 pub(super) struct Up {
     pub(super) execution: Arc<dyn Execution>,
-    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) memory: Reservation,
     /// Generation of the image that it came from; 0 if it booted.
     pub(super) image_generation: u64,
     pub(super) report: WakeReport,
@@ -160,7 +160,7 @@ impl Driver {
 
     fn came_up(&mut self, up: Up, event: Event) -> Event {
         self.image_floor = self.image_floor.max(up.image_generation);
-        self.hold(up.execution, Some(up.permit));
+        self.hold(up.execution, up.memory);
         self.report = Some(Arc::new(up.report));
         event
     }

@@ -5,7 +5,7 @@ use super::super::gate::{Gate, Pass};
 use super::super::state::{Event, State, next};
 use super::{Driver, First, Staged, WakeReport};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use torpor_api::{ErrorCode, MachineId, SnapshotId};
 use torpor_proxy::Activity;
@@ -32,6 +32,8 @@ pub struct WakeOrder {
     pub cause: serde_json::Value,
     /// When it was asked for.
     pub asked: Instant,
+    /// How long the caller waits; the host's own bound if `None`.
+    pub patience: Option<Duration>,
     /// What a machine that is being created begins with.
     pub first: First,
 }
@@ -45,6 +47,7 @@ impl WakeOrder {
             actor,
             cause: serde_json::Value::Null,
             asked: Instant::now(),
+            patience: None,
             first: First::Boot,
         }
     }
@@ -199,6 +202,9 @@ impl Driver {
             }
             Ok((state, _)) => {
                 self.waiters.wakes.push((order.need, reply));
+                if let Some(patience) = &self.patience {
+                    patience.prolong(order.patience.unwrap_or(self.shared.settings.wake_timeout));
+                }
                 if self.state == State::Creating && self.operation.is_none() {
                     self.first.clone_from(&order.first);
                 }

@@ -112,7 +112,7 @@ impl Fleet {
         source: Source,
         shown: Shown,
     ) -> Result<MachineId, MachineError> {
-        self.has_memory_for(u64::from(source.spec.mem_mib))?;
+        self.shared.memory.check(source.spec.mem_mib.into())?;
         let (snapshot, spec) = (source.snapshot.clone(), source.spec.clone());
         let entrypoint = source.entrypoint.clone();
         let new = self.prepare(&order, source, shown);
@@ -184,16 +184,6 @@ impl Fleet {
                 self.shared.retention_changed.notify_one();
             }
         }
-    }
-
-    /// Whether the host has so much memory to give now.
-    pub(super) fn has_memory_for(&self, mem_mib: u64) -> Result<(), MachineError> {
-        let free = self.shared.memory.available_permits();
-        if free < usize::try_from(mem_mib).unwrap_or(usize::MAX) {
-            let message = format!("the host has no {mem_mib} MiB of memory to give");
-            return Err(MachineError::new(ErrorCode::CapacityExceeded, message));
-        }
-        Ok(())
     }
 
     async fn roll_back(&self, id: &MachineId, error: MachineError) -> Result<MachineId, MachineError> {

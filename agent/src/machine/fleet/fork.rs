@@ -1,6 +1,7 @@
 //! Forks: machines that go on where another one is, and snapshots of templates. Both go through a snapshot and a
 //! machine that nobody sees.
 
+use super::super::admission::Patience;
 use super::super::driver::PauseOrder;
 use super::super::error::MachineError;
 use super::create::{Shown, Source};
@@ -44,14 +45,17 @@ impl Fleet {
             return Ok(before);
         }
         let (row, _) = self.look(id).await?;
-        self.has_memory_for(u64::from(row.spec.mem_mib) * u64::from(order.body.count))?;
+        let ids: Vec<MachineId> = (0..order.body.count).map(|_| MachineId::generate()).collect();
+        let patience = Patience::of(self.shared.settings.wake_timeout);
+        let memory = &self.shared.memory;
+        let _ahead = memory.reserve_ahead(&ids, row.spec.mem_mib, &patience).await?;
         let purpose = if order.body.keep_snapshot {
             SnapshotPurpose::User
         } else {
             SnapshotPurpose::Fork
         };
         let snapshot = self.take_snapshot(id, SnapshotOrder::default(), purpose).await?;
-        let machines = self.fork_from(&row, &snapshot, &order).await;
+        let machines = self.fork_from(&row, &snapshot, (&order, ids)).await;
         if machines.is_err() || !order.body.keep_snapshot {
             // The forks have links to what they need of it.
             let ended = self.end_snapshot(&snapshot.id, "api", None).await;
@@ -138,15 +142,16 @@ impl Fleet {
         &self,
         source: &MachineRow,
         snapshot: &SnapshotRow,
-        order: &ForkOrder,
+        (order, ids): (&ForkOrder, Vec<MachineId>),
     ) -> Result<Vec<MachineId>, MachineError> {
-        let creates = (0..order.body.count).map(|index| {
+        let creates = (0..order.body.count).zip(ids).map(|(index, id)| {
             let create = CreateOrder {
                 body: body_of(source, &order.body),
                 idempotency: key_of(&order.idempotency, index),
             };
             async move {
-                let source = Source::of_snapshot(&CreateMachine::default(), snapshot.clone())?;
+                let mut source = Source::of_snapshot(&CreateMachine::default(), snapshot.clone())?;
+                source.spec.id = id;
                 self.create_of(create, source, Shown::Everybody).await
             }
         });

@@ -7,9 +7,14 @@ use super::super::state::Committed;
 use super::{Fleet, WakeSource};
 use crate::guest_client::GuestClient;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio_util::sync::CancellationToken;
+use torpor_api::guest::HoldState;
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
+
+/// How long a guest may take to say whether it is held.
+const HOLD_PATIENCE: Duration = Duration::from_secs(2);
 
 /// A guest that runs.
 pub struct Presence {
@@ -140,6 +145,13 @@ impl Fleet {
             }
             told.await;
         }
+    }
+
+    /// The hold that code inside has on the machine. A guest that does not run, or does not answer, holds nothing.
+    pub async fn hold_of(&self, id: &MachineId) -> Option<HoldState> {
+        let inside = self.inside(id.clone(), WakeSource::Api);
+        let answer = tokio::time::timeout(HOLD_PATIENCE, inside.hold()).await;
+        answer.ok().and_then(Result::ok).flatten()
     }
 
     /// Does a command run in the machine on somebody's behalf?

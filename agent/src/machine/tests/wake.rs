@@ -283,33 +283,6 @@ async fn deleting_ends_in_every_state() {
     }
 }
 
-#[tokio::test]
-async fn a_host_without_memory_refuses_a_create_and_queues_a_wake() {
-    let world = World::with(Settings {
-        max_running_mem_mib: 300,
-        ..Settings::default()
-    });
-    let first = world.create().await;
-    let refused = world.create_from(serde_json::json!({})).await.unwrap_err();
-    assert_eq!(refused.code, ErrorCode::CapacityExceeded);
-    world.pause(&first).await.unwrap();
-    let second = world.create().await;
-    let wake = tokio::spawn({
-        let (fleet, id) = (world.fleet.clone(), first.clone());
-        async move {
-            fleet
-                .wake(&id, WakeSource::Http, serde_json::Value::Null)
-                .await
-                .map(drop)
-        }
-    });
-    world.reaches(&first, MachineStatus::Waking).await;
-    assert_eq!(world.host.n_restores(), 0);
-    world.pause(&second).await.unwrap();
-    wake.await.unwrap().unwrap();
-    assert_eq!(world.status(&first).await, MachineStatus::Running);
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn requests_at_random_instants_of_pausing_and_waking_never_fail() {
     let world = World::new();

@@ -1,0 +1,55 @@
+"""A host with too little memory for its machines: they take turns, make room for each other, or are told so."""
+import json
+import pathlib
+import subprocess
+import time
+
+import pytest
+import torpor
+
+CONFIG = pathlib.Path("/etc/torpor/torpord.toml")
+IDLE_S = 2
+
+
+def restart_with(text):
+    CONFIG.write_text(text)
+    subprocess.run(["systemctl", "restart", "torpord"], check=True)
+    torpor.wait_for_torpord()
+
+
+@pytest.fixture
+def configured():
+    """Restart torpord with these limits; the configuration as it was comes back at the end."""
+    before = CONFIG.read_text()
+
+    def change(**limits):
+        kept = [line for line in before.splitlines() if line.split(" = ")[0] not in limits]
+        where = kept.index("[limits]") + 1
+        kept[where:where] = [f"{key} = {value}" for key, value in limits.items()]
+        restart_with("\n".join(kept) + "\n")
+    yield change
+    restart_with(before)
+
+
+def test_machines_make_room_for_each_other_and_a_full_host_says_so(configured, counter, machine_factory):
+    counter.pause()
+    other = machine_factory(services=[{"port": torpor.SERVICE_PORT}])
+    configured(max_running_mem_mib=300, pause_idle_after_s=IDLE_S)
+    time.sleep(IDLE_S)
+    assert torpor.fetch(counter.url())
+    paused = torpor.wait_for(lambda: other.events("machine.paused"), "the other machine makes room")
+    assert paused[0]["actor"] == "room"
+    why = torpor.call("GET", f"/v1/machines/{other.id}/why")["because"]
+    assert "to make room" in why, why
+
+    configured(max_running_mem_mib=300, wake_timeout_s=3)
+    assert counter.status() == "running"
+    status, headers, body = torpor.request(other.url())
+    answer = json.loads(body)
+    assert (status, answer["code"], answer["retryable"]) == (503, "capacity_exceeded", True)
+    assert int(headers["Retry-After"]) > 0
+    with pytest.raises(torpor.ApiFailure, match="capacity_exceeded"):
+        machine_factory()
+    assert other.status() == "paused"
+    counter.pause()
+    assert other.sh("echo awake").strip() == "awake"
