@@ -44,8 +44,6 @@ const CHUNK_BYTES: usize = 32 << 10;
 /// Output is read only while the slowest client lacks less than this. As much again is kept before it, because
 /// what is on its way when a connection breaks is lost, and has to be sent again.
 const BACKLOG_BYTES: u64 = (KEPT_BYTES / 2) as u64;
-/// Bytes of output that are kept of an ended process which nobody started in the background.
-const KEPT_AFTER_END: usize = 64 << 10;
 /// The peer sends no more, even if what it sent is still to be read.
 const PEER_CLOSED: PollFlags = PollFlags::from_bits_retain(libc::POLLRDHUP);
 
@@ -76,7 +74,6 @@ pub struct Session<'a> {
     clients: Vec<Client>,
     expected: Option<Expected>,
     takes_input: bool,
-    background: bool,
     input: Vec<u8>,
     input_ended: bool,
     deadline: Option<Instant>,
@@ -103,7 +100,6 @@ impl<'a> Session<'a> {
             clients: Vec::new(),
             expected: None,
             takes_input: spec.stdin,
-            background: spec.background,
             input: Vec::new(),
             input_ended: false,
             deadline,
@@ -121,9 +117,6 @@ impl<'a> Session<'a> {
         }
         let mut state = self.process.state();
         state.end();
-        if !self.background {
-            state.output.trim(KEPT_AFTER_END);
-        }
         state.output.shrink();
     }
 

@@ -2,7 +2,8 @@
 //!
 //! A process is known by its PID and, because PIDs come again, by a serial. Its session's thread fills in what
 //! happens; anybody may read, and may hand a client's socket to the session. Ended processes are forgotten, oldest
-//! first, beyond [`KEPT_ENDED`] of them or [`KEPT_ENDED_BYTES`] of output.
+//! first, beyond [`KEPT_ENDED`] of them or [`KEPT_ENDED_BYTES`] of output. Of those that nobody started in the background
+//! the last ones keep their output whole, because a client that a pause cut off comes back for it.
 
 use super::kept_output::KeptOutput;
 use crate::children::Child;
@@ -14,7 +15,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use torpor_api::guest::{AttachSpec, ExecSpec, ProcessEntry, WindowSize};
 
 const KEPT_ENDED: usize = 128;
-const KEPT_ENDED_BYTES: usize = 4 << 20;
+const KEPT_ENDED_BYTES: usize = 8 << 20;
+/// Ended processes whose output stays whole though nobody started them in the background.
+const KEPT_WHOLE: usize = 4;
+/// Bytes of output that are kept of the others.
+const KEPT_OF_OLD: usize = 64 << 10;
 /// Most bytes of a command line that are kept.
 const KEPT_ARGV_BYTES: usize = 4096;
 
@@ -226,12 +231,19 @@ impl Table {
 
 impl Inner {
     fn forget_old(&mut self) {
-        let (mut count, mut bytes) = (0, 0);
+        let (mut count, mut bytes, mut n_whole) = (0, 0, 0);
         let mut kept: Vec<_> = self.processes.drain(..).rev().collect();
         kept.retain(|process| {
-            let state = process.state();
+            let mut state = process.state();
             if !state.is_over() {
                 return true;
+            }
+            if !process.background {
+                n_whole += 1;
+                if n_whole > KEPT_WHOLE {
+                    state.output.trim(KEPT_OF_OLD);
+                    state.output.shrink();
+                }
             }
             count += 1;
             bytes += state.output.size();

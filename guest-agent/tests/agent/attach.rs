@@ -351,3 +351,26 @@ fn a_hold_is_taken_shown_and_released() {
     let mut stranger = Connection::to(&agent.path("run/hold.sock")).request(&GuestRequest::Processes);
     assert_eq!(stranger.receive().unwrap().0, FrameType::Error);
 }
+
+#[test]
+fn output_of_a_process_that_ended_while_its_client_was_cut_off_is_all_there() {
+    const LEN: usize = 300_000;
+    let agent = Agent::start();
+    let mut cut_off = agent
+        .connect()
+        .request(&kept(shell(&format!("sleep 0.2; head -c {LEN} /dev/zero"))));
+    let pid = attached(&mut cut_off).pid;
+    drop(cut_off);
+    eventually("it ends", || !entry(&agent, pid).running);
+    eventually("all of it is read", || {
+        entry(&agent, pid).output == (0, LEN as u64)
+    });
+    assert_eq!(agent.exec(&argv(&["true"])).text(), "");
+    let ran = logs(&agent, pid);
+    assert_eq!((ran.stdout.len(), ran.code_if_ended()), (LEN, Some(0)));
+    for _ in 0..8 {
+        agent.exec(&argv(&["true"]));
+    }
+    let (begin, end) = entry(&agent, pid).output;
+    assert!(end - begin <= 64 << 10, "only the last ones keep so much");
+}
