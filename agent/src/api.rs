@@ -75,6 +75,8 @@ fn table() -> Table<Fleet> {
         .post("/v1/machines/{id}/resume", machines::resume)
         .get("/v1/machines/{id}/lease", lease::show)
         .put("/v1/machines/{id}/lease", lease::set)
+        .get("/v1/machines/{id}/retention", lease::show_retention)
+        .put("/v1/machines/{id}/retention", lease::set_retention)
         .patch("/v1/machines/{id}/wake", lease::patch_wake)
         .put("/v1/machines/{id}/metadata", machines::set_metadata)
         .get("/v1/machines/{id}/services", services::list)

@@ -47,6 +47,7 @@ const MIGRATIONS: &[M<'static>] = &[
     M::up(include_str!("store/migrations/0004_snapshots.sql")),
     M::up(include_str!("store/migrations/0005_ssh.sql")),
     M::up(include_str!("store/migrations/0006_wake_filters.sql")),
+    M::up(include_str!("store/migrations/0007_machine_retention.sql")),
 ];
 
 /// Why the store could not.
@@ -113,8 +114,8 @@ pub enum StoreError {
         /// The ID.
         id: String,
     },
-    /// The lease that wanted this transition was moved meanwhile.
-    #[error("the lease of {id} was moved meanwhile")]
+    /// The lease or retention that wanted this transition was moved meanwhile.
+    #[error("the lease or retention of {id} was moved meanwhile")]
     LeaseMoved {
         /// The machine.
         id: MachineId,

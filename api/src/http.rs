@@ -160,6 +160,9 @@ pub struct CreateMachine {
     /// Wake switches; all on if not given and the lease's action is not `destroy`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wake: Option<WakePolicy>,
+    /// Delete the machine when it was not awake for so long; without it a machine is kept until it is deleted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention_seconds: Option<u64>,
     /// Services to expose from the start.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub services: Vec<ServiceSpec>,
@@ -185,6 +188,7 @@ impl Default for CreateMachine {
             disk_mib: None,
             lease: None,
             wake: None,
+            retention_seconds: None,
             services: Vec::new(),
             metadata: BTreeMap::new(),
             env: BTreeMap::new(),
@@ -235,6 +239,9 @@ pub struct Machine {
     /// The lease, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease: Option<Lease>,
+    /// How long it is kept while it is not awake; absent if until it is deleted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub retention: Option<MachineRetention>,
     /// Wake switches.
     pub wake: WakePolicy,
     /// Exposed services.
@@ -310,6 +317,27 @@ pub struct ResumeMachine {
 pub struct SetLease {
     /// The new policy, counted from now.
     pub lease: Option<LeasePolicy>,
+}
+
+/// How long a machine is kept that is not awake. The policy is the machine's own and survives every resume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineRetention {
+    /// Counted from its last use: from when it fell asleep, or from the call that set this.
+    pub seconds: u64,
+    /// Unix time in milliseconds at which it is deleted; absent while it is awake.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub expires_unix_ms: Option<u64>,
+    /// Milliseconds until then.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub remaining_ms: Option<u64>,
+}
+
+/// `PUT /v1/machines/{id}/retention`; `null` keeps the machine until it is deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetRetention {
+    /// Counted from now for a machine that is not awake.
+    pub retention_seconds: Option<u64>,
 }
 
 /// `PATCH /v1/machines/{id}/wake`: only the switches given change.

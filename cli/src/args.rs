@@ -4,7 +4,7 @@ mod options;
 mod ssh;
 
 pub(crate) use options::{
-    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Kill, Lease, Logs, OneMachine, Probe,
+    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Keep, Kill, Lease, Logs, OneMachine, Probe,
     Resume, Rm, Snapshots, Switch, Templates, Traffic, Url, Wake,
 };
 
@@ -195,6 +195,13 @@ Examples:
   torpor lease web 1h --on-expiry destroy
   torpor lease web --none                   # awake until told otherwise")]
     Lease(Lease),
+    /// Show or set how long a machine is kept that is not awake
+    #[command(after_help = "\
+Examples:
+  torpor keep web             # show
+  torpor keep web 7d          # deleted after a week in which nothing woke it
+  torpor keep web --forever   # until it is deleted")]
+    Keep(Keep),
     /// Show or set what may wake a machine
     #[command(after_help = "Examples:\n  torpor wake web\n  torpor wake web --http off --tcp off")]
     Wake(Wake),

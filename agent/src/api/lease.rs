@@ -1,4 +1,4 @@
-//! `/v1/machines/{id}/lease` and `/wake`: the policies of a machine.
+//! `/v1/machines/{id}/lease`, `/retention` and `/wake`: the policies of a machine.
 
 use super::error::Failure;
 use super::extract::{Json as Body, Named};
@@ -7,7 +7,7 @@ use crate::machine::fleet::{Fleet, PolicyRule};
 use axum::Json;
 use axum::extract::State;
 use torpor_api::Lease;
-use torpor_api::http::{Machine, PatchWake, SetLease};
+use torpor_api::http::{Machine, MachineRetention, PatchWake, SetLease, SetRetention};
 
 pub(super) async fn show(
     State(fleet): State<Fleet>,
@@ -28,6 +28,23 @@ pub(super) async fn set(
         .set_lease(&id, body.lease, PolicyRule::DestroyOrWake)
         .await?;
     Ok(Json(fleet.view(&id).await?.lease))
+}
+
+pub(super) async fn show_retention(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+) -> Result<Json<Option<MachineRetention>>, Failure> {
+    Ok(Json(fleet.view(&id).await?.retention))
+}
+
+pub(super) async fn set_retention(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Body(body): Body<SetRetention>,
+) -> Result<Json<Option<MachineRetention>>, Failure> {
+    validate::retention(body.retention_seconds)?;
+    fleet.set_retention(&id, body.retention_seconds).await?;
+    Ok(Json(fleet.view(&id).await?.retention))
 }
 
 pub(super) async fn patch_wake(

@@ -4,7 +4,7 @@ use super::error::{Failure, cut};
 use super::extract::{Json as Body, Named, OptionalJson, Query};
 use super::machines::{idempotency, to_the_end};
 use super::validate;
-use crate::machine::fleet::{Fleet, ForkOrder, SnapshotOrder};
+use crate::machine::fleet::{Fleet, ForkOrder, SnapshotOrder, check_lease_and_wake};
 use crate::store::SnapshotFilter;
 use axum::Json;
 use axum::extract::{FromRequestParts, Path, State};
@@ -133,6 +133,11 @@ pub(super) async fn fork(
     OptionalJson(body): OptionalJson<ForkMachine>,
 ) -> Result<(StatusCode, Json<Forked>), Failure> {
     validate::fork(&body)?;
+    let source = fleet.view(&id).await?;
+    let lease = body.lease.or(source.lease.map(|lease| lease.policy));
+    if let Some(wake) = body.wake {
+        check_lease_and_wake(lease, wake)?;
+    }
     let said = serde_json::to_vec(&(&id, &body)).unwrap_or_default();
     let idempotency = idempotency(&headers, &said)?;
     let order = ForkOrder { body, idempotency };

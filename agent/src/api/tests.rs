@@ -291,6 +291,69 @@ async fn leases_and_services_are_echoed_whole() {
 }
 
 #[tokio::test]
+async fn destroying_and_waking_exclude_each_other_on_every_later_change() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let (id, _) = created(&router).await;
+    let machine = format!("/v1/machines/{id}");
+    let destroy = json!({ "lease": { "seconds": 60, "action": "destroy" } });
+    let on = json!({ "http": true });
+    let off = json!({ "http": false, "ssh": false, "tcp": false, "api": false });
+    for paused in [false, true] {
+        if paused {
+            world.pause(&id.parse().unwrap()).await.unwrap();
+        }
+        let answer = call(&router, "PUT", &format!("{machine}/lease"), destroy.clone()).await;
+        assert_refused(&answer, 400, "auto_resume_needs_pause", "exclude each other");
+        let turned_off = call(&router, "PATCH", &format!("{machine}/wake"), off.clone()).await;
+        assert_eq!(turned_off.status, StatusCode::OK);
+        let set = call(&router, "PUT", &format!("{machine}/lease"), destroy.clone()).await;
+        assert_eq!(set.body["action"], "destroy");
+        let answer = call(&router, "PATCH", &format!("{machine}/wake"), on.clone()).await;
+        assert_refused(&answer, 400, "auto_resume_needs_pause", "exclude each other");
+        let fork = json!({ "wake": { "http": true } });
+        let answer = call(&router, "POST", &format!("{machine}/fork"), fork).await;
+        assert_refused(&answer, 400, "auto_resume_needs_pause", "exclude each other");
+        let gone = call(
+            &router,
+            "PUT",
+            &format!("{machine}/lease"),
+            json!({ "lease": null }),
+        )
+        .await;
+        assert_eq!(gone.status, StatusCode::OK);
+        let turned_on = call(&router, "PATCH", &format!("{machine}/wake"), on.clone()).await;
+        assert_eq!(turned_on.body["wake"]["http"], true);
+    }
+}
+
+#[tokio::test]
+async fn a_retention_is_echoed_and_bounded() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let (id, _) = created(&router).await;
+    let path = format!("/v1/machines/{id}/retention");
+    let shown = call(&router, "GET", &path, Value::Null).await;
+    assert_eq!(shown.body, Value::Null);
+    let set = call(&router, "PUT", &path, json!({ "retention_seconds": 60 })).await;
+    assert_eq!(set.body, json!({ "seconds": 60 }), "no end while it is awake");
+    world.pause(&id.parse().unwrap()).await.unwrap();
+    let shown = call(&router, "GET", &path, Value::Null).await;
+    assert_eq!(shown.body["remaining_ms"], 60_000);
+    for (bad, says) in [
+        (json!({ "retention_seconds": 0 }), "retention_seconds is 0"),
+        (json!({ "retention_seconds": 315_360_001 }), "has to be 1 to"),
+        (json!({ "seconds": 60 }), "seconds"),
+        (json!({ "retention_seconds": -1 }), "retention_seconds"),
+    ] {
+        let answer = call(&router, "PUT", &path, bad).await;
+        assert_refused(&answer, 400, "invalid_request", says);
+    }
+    let answer = call(&router, "POST", "/v1/machines", json!({ "retention_seconds": 0 })).await;
+    assert_refused(&answer, 400, "invalid_request", "retention_seconds is 0");
+}
+
+#[tokio::test]
 async fn machines_are_listed_in_pages() {
     let world = World::new();
     let router = router(world.fleet.clone());

@@ -46,6 +46,7 @@ pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
     if let Some(wake) = body.wake {
         check_lease_and_wake(body.lease, wake)?;
     }
+    retention(body.retention_seconds)?;
     services(&body.services)?;
     environment(&body.env)?;
     directory(body.cwd.as_deref())?;
@@ -62,16 +63,18 @@ pub(super) fn snapshot(body: &CreateSnapshot) -> Result<(), Failure> {
             limits::MAX_DIGEST
         )));
     }
-    if let Some(seconds) = body.retention_seconds {
-        within("retention_seconds", seconds, &limits::RETENTION_SECONDS)?;
-    }
+    retention(body.retention_seconds)?;
     metadata(&body.metadata)
 }
 
+pub(super) fn retention(seconds: Option<u64>) -> Result<(), Failure> {
+    seconds.map_or(Ok(()), |seconds| {
+        within("retention_seconds", seconds, &limits::RETENTION_SECONDS)
+    })
+}
+
 pub(super) fn patch_snapshot(body: &PatchSnapshot) -> Result<(), Failure> {
-    if let Some(Some(seconds)) = body.retention_seconds {
-        within("retention_seconds", seconds, &limits::RETENTION_SECONDS)?;
-    }
+    retention(body.retention_seconds.flatten())?;
     body.metadata.as_ref().map_or(Ok(()), metadata)
 }
 

@@ -137,8 +137,8 @@ async fn carry_out(fleet: Fleet, lease: DueLease) {
         return;
     }
     let order = PauseOrder {
-        actor: "lease",
         only_if_deadline_unix_ms: Some(lease.deadline_unix_ms),
+        ..PauseOrder::by("lease")
     };
     let outcome = match lease.policy.action {
         LeaseAction::Pause => fleet.pause(&lease.machine, order).await,

@@ -5,6 +5,7 @@ mod faults;
 mod leases;
 mod oracle;
 mod restart;
+mod retention;
 mod snapshots;
 mod wake;
 

@@ -1,5 +1,6 @@
-//! Leases by time: found by an index, claimed one batch at a time.
+//! Leases and retentions by time: found by an index, claimed one batch at a time.
 
+use super::events::{self, NewEvent};
 use super::rows::{get, lease_action, lease_mode, parse};
 use super::{Store, StoreError, sql};
 use rusqlite::params;
@@ -66,6 +67,68 @@ impl Store {
                 });
             }
             Ok(due)
+        })
+        .await
+    }
+
+    /// When the first retention of a machine ends.
+    ///
+    /// # Errors
+    /// SQLite refuses.
+    pub async fn next_machine_expiry(&self) -> Result<Option<u64>, StoreError> {
+        self.read("read retentions of machines", |tx| {
+            tx.query_row(
+                "SELECT min(expires_unix_ms) FROM machines WHERE expires_unix_ms IS NOT NULL",
+                [],
+                |row| row.get(0),
+            )
+            .map_err(sql("read retentions of machines"))
+        })
+        .await
+    }
+
+    /// Machines whose retention has ended, at most `limit` of them.
+    ///
+    /// # Errors
+    /// SQLite refuses, or a row cannot be decoded.
+    pub async fn expired_machines(&self, at_unix_ms: u64, limit: u32) -> Result<Vec<MachineId>, StoreError> {
+        self.read("read retentions of machines", move |tx| {
+            let operation = sql("read retentions of machines");
+            let mut statement = tx
+                .prepare_cached(
+                    "SELECT id FROM machines WHERE expires_unix_ms <= ?1 ORDER BY expires_unix_ms LIMIT ?2",
+                )
+                .map_err(&operation)?;
+            let ids = statement
+                .query_map(params![at_unix_ms, limit], |row| row.get::<_, String>(0))
+                .map_err(&operation)?;
+            ids.map(|id| parse(&id.map_err(&operation)?, "id")).collect()
+        })
+        .await
+    }
+
+    /// Set or take away the retention; for a machine that is not awake it counts from now.
+    ///
+    /// # Errors
+    /// The machine is gone, or SQLite refuses.
+    pub async fn set_retention(
+        &self,
+        id: MachineId,
+        seconds: Option<u64>,
+        event: NewEvent,
+    ) -> Result<(), StoreError> {
+        self.write("set a retention", move |tx| {
+            let changed = tx
+                .execute(
+                    "UPDATE machines SET retention_seconds = ?2, expires_unix_ms = \
+                     iif(state IN ('paused', 'refused', 'stopped'), ?3 + ?2 * 1000, NULL) WHERE id = ?1",
+                    params![id.as_str(), seconds, event.at_unix_ms],
+                )
+                .map_err(sql("set a retention"))?;
+            if changed == 0 {
+                return Err(StoreError::NoMachine { id: id.to_string() });
+            }
+            events::insert(tx, &event)
         })
         .await
     }

@@ -19,6 +19,8 @@ pub struct NewMachine {
     pub name: Option<MachineName>,
     /// Lease policy; its window starts when the guest answers.
     pub lease: Option<LeasePolicy>,
+    /// How long it is kept while it is not awake.
+    pub retention_seconds: Option<u64>,
     /// Wake switches.
     pub wake: WakePolicy,
     /// Services to expose.
@@ -68,8 +70,8 @@ pub enum Created {
 
 const INSERT_MACHINE: &str = "INSERT INTO machines (id, name, template, template_digest, vcpus, mem_mib, disk_mib, \
      state, lease_seconds, lease_action, lease_mode, wake_http, wake_ssh, wake_tcp, wake_api, metadata, \
-     created_unix_ms, last_used_unix_ms, env, cwd, snapshot_id, hidden) \
-     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16, ?17, ?18, ?19, ?20)";
+     created_unix_ms, last_used_unix_ms, env, cwd, snapshot_id, hidden, retention_seconds) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16, ?17, ?18, ?19, ?20, ?21)";
 
 impl Store {
     /// A new row in state `creating`, with its services and its ID as an alias.
@@ -435,6 +437,7 @@ fn insert_machine(connection: &Connection, new: &NewMachine) -> Result<(), Store
             new.cwd,
             new.snapshot.as_ref().map(SnapshotId::as_str),
             new.hidden,
+            new.retention_seconds,
         ],
     );
     match inserted {

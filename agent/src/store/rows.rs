@@ -30,6 +30,10 @@ pub struct MachineRow {
     pub lease: Option<LeasePolicy>,
     /// When the lease runs out; absent while the machine is asleep.
     pub deadline_unix_ms: Option<u64>,
+    /// How long it is kept while it is not awake, if not until it is deleted.
+    pub retention_seconds: Option<u64>,
+    /// When that ends; absent while it is awake.
+    pub expires_unix_ms: Option<u64>,
     /// Wake switches.
     pub wake: WakePolicy,
     /// Free key/value pairs of the user.
@@ -74,7 +78,7 @@ pub struct ServiceRow {
 pub(super) const MACHINE_COLUMNS: &str = "id, name, template, template_digest, vcpus, mem_mib, disk_mib, state, \
      generation, execution_id, image_generation, lease_seconds, lease_action, lease_mode, deadline_unix_ms, \
      wake_http, wake_ssh, wake_tcp, wake_api, metadata, pauses, wakes, last_error, created_unix_ms, last_used_unix_ms, \
-     env, cwd, last_execution_id, snapshot_id";
+     env, cwd, last_execution_id, snapshot_id, retention_seconds, expires_unix_ms";
 
 /// The machine's row with its services.
 pub(super) fn machine(connection: &Connection, id: &MachineId) -> Result<Option<MachineRow>, StoreError> {
@@ -138,6 +142,8 @@ pub(super) fn decode_machine(row: &Row<'_>) -> Result<MachineRow, StoreError> {
         image_generation: get(row, "image_generation")?,
         lease: decode_lease(row)?,
         deadline_unix_ms: get(row, "deadline_unix_ms")?,
+        retention_seconds: get(row, "retention_seconds")?,
+        expires_unix_ms: get(row, "expires_unix_ms")?,
         wake: WakePolicy {
             http: get(row, "wake_http")?,
             ssh: get(row, "wake_ssh")?,

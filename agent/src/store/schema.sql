@@ -26,11 +26,13 @@ CREATE TABLE machines (
     last_error       TEXT,
     created_unix_ms  INTEGER NOT NULL,
     last_used_unix_ms INTEGER NOT NULL
-, env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT, snapshot_id TEXT, hidden INTEGER NOT NULL DEFAULT 0) STRICT;
+, env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT, snapshot_id TEXT, hidden INTEGER NOT NULL DEFAULT 0, retention_seconds INTEGER, expires_unix_ms INTEGER) STRICT;
 
 CREATE INDEX machines_state ON machines (state);
 
 CREATE INDEX machines_lease_check ON machines (lease_check_unix_ms) WHERE lease_check_unix_ms IS NOT NULL;
+
+CREATE INDEX machines_expires ON machines (expires_unix_ms) WHERE expires_unix_ms IS NOT NULL;
 
 CREATE TABLE aliases (
     alias      TEXT PRIMARY KEY,

@@ -36,6 +36,8 @@ pub struct Transition {
     pub lease: LeaseChange,
     /// Do it only if the deadline is still this one: the lease wanted it, and may have been moved.
     pub only_if_deadline_unix_ms: Option<u64>,
+    /// Do it only if its retention has ended by then.
+    pub only_if_expired_at_unix_ms: Option<u64>,
     /// A pause was completed.
     pub counts_pause: bool,
     /// A wake was completed.
@@ -62,6 +64,7 @@ impl Transition {
             image_generation: None,
             lease: LeaseChange::Clear,
             only_if_deadline_unix_ms: None,
+            only_if_expired_at_unix_ms: None,
             counts_pause: false,
             counts_wake: false,
             last_error: None,
@@ -88,6 +91,10 @@ impl Store {
             }
             let expected = transition.only_if_deadline_unix_ms;
             if expected.is_some() && expected != row.deadline_unix_ms {
+                return Err(StoreError::LeaseMoved { id });
+            }
+            let is_due = |now: u64| row.expires_unix_ms.is_some_and(|expires| expires <= now);
+            if !transition.only_if_expired_at_unix_ms.is_none_or(is_due) {
                 return Err(StoreError::LeaseMoved { id });
             }
             update_row(tx, &row, &transition)?;
@@ -144,7 +151,8 @@ fn update_row(connection: &Connection, row: &MachineRow, transition: &Transition
              image_generation = coalesce(?5, image_generation), deadline_unix_ms = ?6, \
              lease_check_unix_ms = iif(?6 IS deadline_unix_ms, lease_check_unix_ms, ?6), \
              pauses = pauses + ?7, wakes = wakes + ?8, last_error = ?9, last_used_unix_ms = ?10, \
-             last_execution_id = coalesce(?4, last_execution_id) \
+             last_execution_id = coalesce(?4, last_execution_id), \
+             expires_unix_ms = iif(?3 IN ('paused', 'refused', 'stopped'), ?10 + retention_seconds * 1000, NULL) \
              WHERE id = ?1 AND generation = ?2",
         )
         .and_then(|mut statement| {

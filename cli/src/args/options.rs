@@ -37,6 +37,9 @@ pub(crate) struct Create {
     pub(crate) lease: Option<Duration>,
     #[command(flatten)]
     pub(crate) lease_options: LeaseOptions,
+    /// Delete it when it was not awake for so long
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) keep: Option<Duration>,
     /// Make an HTTP port reachable, with a name if given; may be repeated
     #[arg(long, value_name = "PORT[:NAME]", value_parser = parse::publish)]
     pub(crate) publish: Vec<Publish>,
@@ -318,6 +321,18 @@ pub(crate) struct Lease {
     /// Take the lease away
     #[arg(long, conflicts_with = "lease")]
     pub(crate) none: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Keep {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Delete it when it was not awake for so long; counted from now if it is asleep
+    #[arg(value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) keep: Option<Duration>,
+    /// Keep it until it is deleted
+    #[arg(long, conflicts_with = "keep")]
+    pub(crate) forever: bool,
 }
 
 #[derive(Debug, Args)]

@@ -38,6 +38,7 @@ fn body_of(create: Create) -> CreateMachine {
         disk_mib: create.disk,
         lease: create.lease.map(|length| create.lease_options.policy(length)),
         wake: wake_policy(&create.no_wake),
+        retention_seconds: create.keep.map(|keep| keep.as_secs()),
         services,
         metadata: map_of(&create.metadata),
         env: map_of(&create.env),
@@ -149,6 +150,7 @@ fn machine_fields(machine: &Machine) -> String {
         ),
         ("created", output::utc(machine.created_unix_ms)),
         ("lease", lease_text(machine.lease.as_ref())),
+        ("kept", super::policy::retention_text(machine.retention)),
         ("wake", wake),
         (
             "cycles",

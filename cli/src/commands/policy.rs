@@ -1,12 +1,13 @@
-//! `lease` and `wake`: when a machine falls asleep, and what wakes it.
+//! `lease`, `keep` and `wake`: when a machine falls asleep, how long it is kept then, and what wakes it.
 
 use super::{Context, path};
 use crate::args::{self, Switch};
-use crate::output::lease_text;
+use crate::output::{lease_text, short_duration};
 use anyhow::Context as _;
 use http::Method;
 use std::path::Path;
-use torpor_api::http::{PatchWake, SetLease, WakeFilter, WakePolicy};
+use std::time::Duration;
+use torpor_api::http::{MachineRetention, PatchWake, SetLease, SetRetention, WakeFilter, WakePolicy};
 
 /// Shows, sets or takes away the lease.
 pub(super) async fn lease(context: &Context, asked: &args::Lease) -> anyhow::Result<u8> {
@@ -29,6 +30,36 @@ pub(super) async fn lease(context: &Context, asked: &args::Lease) -> anyhow::Res
         }
     }
     Ok(0)
+}
+
+/// Shows, sets or takes away how long a machine is kept that is not awake.
+pub(super) async fn keep(context: &Context, asked: &args::Keep) -> anyhow::Result<u8> {
+    let path = format!("{}/retention", path(&asked.machine));
+    let answer = if asked.keep.is_none() && !asked.forever {
+        context.client.call(Method::GET, &path).await?
+    } else {
+        let body = SetRetention {
+            retention_seconds: asked.keep.map(|keep| keep.as_secs()),
+        };
+        context.client.call_with(Method::PUT, &path, &body).await?
+    };
+    context.show(&answer, || {
+        let retention: Option<MachineRetention> = context.client.read(&answer)?;
+        Ok(format!("{}\n", retention_text(retention)))
+    })?;
+    Ok(0)
+}
+
+/// How long a machine is kept, in words.
+pub(super) fn retention_text(retention: Option<MachineRetention>) -> String {
+    let Some(retention) = retention else {
+        return "until it is deleted".to_owned();
+    };
+    let length = short_duration(Duration::from_secs(retention.seconds));
+    match retention.remaining_ms {
+        Some(ms) => format!("{} of {length} left", short_duration(Duration::from_millis(ms))),
+        None => format!("{length} after it was last awake"),
+    }
 }
 
 /// Shows or changes the wake switches.

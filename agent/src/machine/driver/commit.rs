@@ -123,7 +123,7 @@ impl Driver {
     /// A store that takes nothing, for want of space say, must not keep a machine from going: its files are what
     /// takes the space. Only a lease that was moved meanwhile does.
     pub(super) async fn commit_deleting(&mut self, order: PauseOrder) -> Result<(), MachineError> {
-        if order.only_if_deadline_unix_ms.is_none() {
+        if order.only_if_deadline_unix_ms.is_none() && order.only_if_expired_at_unix_ms.is_none() {
             self.put_aside_commit();
         }
         self.await_overtaken().await;
@@ -131,9 +131,13 @@ impl Driver {
         self.pause = order;
         let mut transition = self.transition(Committed::Deleting, order.actor);
         transition.only_if_deadline_unix_ms = order.only_if_deadline_unix_ms;
+        transition.only_if_expired_at_unix_ms = order.only_if_expired_at_unix_ms;
+        let last_used_unix_ms = self.row.last_used_unix_ms;
         match self.shared.store.commit(self.id.clone(), transition).await {
             Ok(row) => {
                 self.row = row;
+                // A deletion is no use; why it happened is told by the last one.
+                self.row.last_used_unix_ms = last_used_unix_ms;
                 Ok(())
             }
             Err(error @ StoreError::LeaseMoved { .. }) => Err(error.into()),
@@ -212,6 +216,7 @@ impl Driver {
             Ok(row) => {
                 self.row = row;
                 self.shared.leases_changed.notify_one();
+                self.shared.retention_changed.notify_one();
             }
             Err(error) => {
                 tracing::error!(machine_id = %self.id, %error, to = transition.to.as_str(), "not committed yet");

@@ -105,6 +105,15 @@ impl Driver {
         self.begin(Effect::Boot, boot(Arc::clone(&self.shared), order));
     }
 
+    fn why_deleted(&self) -> serde_json::Value {
+        let mut detail = serde_json::json!({ "name": self.row.name });
+        if self.pause.only_if_expired_at_unix_ms.is_some() {
+            detail["retention_seconds"] = self.row.retention_seconds.into();
+            detail["last_used_unix_ms"] = self.row.last_used_unix_ms.into();
+        }
+        detail
+    }
+
     fn begin_freeze(&mut self) {
         let Some(epoch) = self.epoch.clone() else {
             return self.begin(Effect::Freeze, async { Outcome::Frozen(Err(no_execution())) });
@@ -180,7 +189,7 @@ impl Driver {
             execution: self.row.execution.clone(),
             kind: "machine.deleted",
             actor: self.pause.actor,
-            detail: serde_json::json!({ "name": self.row.name }),
+            detail: self.why_deleted(),
         };
         let ports: Vec<u16> = self
             .row

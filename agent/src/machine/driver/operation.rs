@@ -111,6 +111,7 @@ impl Driver {
             Outcome::PauseCommitted(committed) => match *committed {
                 Ok(row) => {
                     self.row = row;
+                    self.shared.retention_changed.notify_one();
                     self.remember(None);
                     Event::PauseCommitted
                 }

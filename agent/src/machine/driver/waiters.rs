@@ -74,6 +74,8 @@ pub struct PauseOrder {
     pub actor: &'static str,
     /// Do it only if the lease's deadline is still this one.
     pub only_if_deadline_unix_ms: Option<u64>,
+    /// Delete it only if it is at rest and its retention has ended by then.
+    pub only_if_expired_at_unix_ms: Option<u64>,
 }
 
 impl PauseOrder {
@@ -83,6 +85,7 @@ impl PauseOrder {
         Self {
             actor,
             only_if_deadline_unix_ms: None,
+            only_if_expired_at_unix_ms: None,
         }
     }
 }
@@ -245,8 +248,10 @@ impl Driver {
             let _ = reply.send(Err(self.refusal("delete", denied)));
             return;
         }
-        if order.only_if_deadline_unix_ms.is_some() && self.state != State::Running {
-            // The lease asks again; whatever is under way comes first.
+        let lease_is_early = order.only_if_deadline_unix_ms.is_some() && self.state != State::Running;
+        let retention_is_late = order.only_if_expired_at_unix_ms.is_some() && !self.state.is_at_rest();
+        if lease_is_early || retention_is_late {
+            // The timer asks again; whatever is under way comes first.
             let _ = reply.send(Err(self.refusal("delete", super::state::Denied::Busy)));
             return;
         }

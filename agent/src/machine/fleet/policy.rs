@@ -66,6 +66,21 @@ impl Fleet {
         Ok(())
     }
 
+    /// Say how long the machine is kept while it is not awake; for ever if `None`.
+    ///
+    /// # Errors
+    /// The machine is gone, or the store refuses.
+    pub async fn set_retention(&self, id: &MachineId, seconds: Option<u64>) -> Result<(), MachineError> {
+        let detail = json!({ "retention_seconds": seconds });
+        let event = self.event(id, "machine.retention_set", "api", detail);
+        self.shared
+            .store
+            .set_retention(id.clone(), seconds, event)
+            .await?;
+        self.shared.retention_changed.notify_one();
+        Ok(())
+    }
+
     /// Change the wake switches that are given.
     ///
     /// # Errors

@@ -8,7 +8,7 @@ use super::{Fleet, status_of};
 use crate::store::{MachineFilter, MachineRow, ServiceRow};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use torpor_api::http::{Machine, MachineStatus, Service, ServiceKind};
+use torpor_api::http::{Machine, MachineRetention, MachineStatus, Service, ServiceKind};
 use torpor_api::{Lease, LeaseMode, MachineId};
 
 /// A read waits this long for the row to follow the machine, and shows what there is after it.
@@ -109,6 +109,7 @@ impl Fleet {
         Machine {
             status,
             lease: self.show_lease(&row, handle, awake),
+            retention: self.show_retention(&row, status),
             execution_id: row.execution.filter(|_| awake),
             last_execution_id: row.last_execution,
             last_error: live.and_then(|live| live.last_error).or(row.last_error),
@@ -132,6 +133,16 @@ impl Fleet {
             pauses: row.pauses,
             wakes: row.wakes,
         }
+    }
+
+    fn show_retention(&self, row: &MachineRow, status: MachineStatus) -> Option<MachineRetention> {
+        let at_rest = matches!(status, MachineStatus::Paused | MachineStatus::Stopped);
+        let expires_unix_ms = row.expires_unix_ms.filter(|_| at_rest);
+        Some(MachineRetention {
+            seconds: row.retention_seconds?,
+            expires_unix_ms,
+            remaining_ms: expires_unix_ms.map(|expires| expires.saturating_sub(self.now_unix_ms())),
+        })
     }
 
     /// A sliding deadline slides in memory and is written down when it would have passed.
