@@ -25,6 +25,7 @@ use torpor_agent::machine::fleet::{Fleet, Settings};
 use torpor_agent::machine::hypervisor::*;
 use torpor_agent::machine::leases;
 use torpor_agent::machine::simulated::{SimulatedHost, SimulatedHypervisor};
+use torpor_agent::machine::usage::RunUsage;
 use torpor_agent::ssh;
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
@@ -212,6 +213,9 @@ impl Execution for WithGuest {
         self.client.clone()
     }
     fn first_byte(&self) {}
+    async fn usage(&self) -> RunUsage {
+        self.execution.usage().await
+    }
     async fn status(&self) -> Result<VmmStatus, HypervisorError> {
         self.execution.status().await
     }

@@ -75,6 +75,8 @@ fn table() -> Table<Fleet> {
         .post("/v1/machines/{id}/resume", machines::resume)
         .get("/v1/machines/{id}/lease", lease::show)
         .put("/v1/machines/{id}/lease", lease::set)
+        .get("/v1/machines/{id}/activity", lease::show_activity)
+        .patch("/v1/machines/{id}/activity", lease::patch_activity)
         .get("/v1/machines/{id}/retention", lease::show_retention)
         .put("/v1/machines/{id}/retention", lease::set_retention)
         .patch("/v1/machines/{id}/wake", lease::patch_wake)

@@ -7,6 +7,7 @@
 //!   [`routes`] – which port leads to which machine.
 //! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
 //! * [`admission`] – memory of the host, first come, first served; [`room`] – who sleeps so that others can run.
+//! * [`usage`] – what shows use that nobody tells of.
 //! * [`clock`] – time, injected; [`dawn`] – who waits for a machine to run; [`error`] – the one error of operations.
 
 pub mod admission;
@@ -26,6 +27,7 @@ pub mod room;
 pub mod routes;
 pub mod simulated;
 pub mod state;
+pub mod usage;
 
 #[cfg(test)]
 pub(crate) mod tests;

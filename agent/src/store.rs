@@ -48,6 +48,7 @@ const MIGRATIONS: &[M<'static>] = &[
     M::up(include_str!("store/migrations/0005_ssh.sql")),
     M::up(include_str!("store/migrations/0006_wake_filters.sql")),
     M::up(include_str!("store/migrations/0007_machine_retention.sql")),
+    M::up(include_str!("store/migrations/0008_activity.sql")),
 ];
 
 /// Why the store could not.

@@ -10,6 +10,7 @@ pub use inside::*;
 pub use ssh::*;
 pub use wake_filter::*;
 
+use crate::activity::ActivityPolicy;
 use crate::ids::{ExecutionId, MachineId, MachineName, SnapshotId};
 use crate::lease::{Lease, LeasePolicy};
 use serde::{Deserialize, Serialize};
@@ -157,6 +158,9 @@ pub struct CreateMachine {
     /// Lease; without one the machine stays awake until it is told otherwise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<LeasePolicy>,
+    /// What keeps a sliding lease from ending, and the least time awake.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub activity: Option<ActivityPolicy>,
     /// Wake switches; all on if not given and the lease's action is not `destroy`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wake: Option<WakePolicy>,
@@ -187,6 +191,7 @@ impl Default for CreateMachine {
             mem_mib: default_mem_mib(),
             disk_mib: None,
             lease: None,
+            activity: None,
             wake: None,
             retention_seconds: None,
             services: Vec::new(),
@@ -242,6 +247,9 @@ pub struct Machine {
     /// How long it is kept while it is not awake; absent if until it is deleted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub retention: Option<MachineRetention>,
+    /// What keeps a sliding lease from ending, and the least time awake.
+    #[serde(default)]
+    pub activity: ActivityPolicy,
     /// Wake switches.
     pub wake: WakePolicy,
     /// Exposed services.

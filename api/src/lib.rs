@@ -1,9 +1,10 @@
 //! What torpord, its VMM, its guest agent and its clients agree on.
 //!
-//! Pure types: identities, leases, error codes, the bodies of the HTTP API ([`http`]), the control
+//! Pure types: identities, leases, [`activity`], error codes, the bodies of the HTTP API ([`http`]), the control
 //! protocol between torpord and one VMM process ([`vmm`]) and the frame protocol spoken with the
 //! agent inside the guest ([`guest`]). Nothing here does I/O; every other crate depends on this one.
 
+pub mod activity;
 pub mod error_code;
 pub mod guest;
 pub mod http;

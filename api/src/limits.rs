@@ -28,6 +28,10 @@ pub const MAX_ACTIVE_GRANTS: u32 = 10_000;
 pub const WAKE_DEADLINE_MS: std::ops::RangeInclusive<u64> = 100..=600_000;
 /// Shortest and longest retention of what nobody uses, in seconds (ten years).
 pub const RETENTION_SECONDS: std::ops::RangeInclusive<u64> = 1..=315_360_000;
+/// Least and most floor of busy processors, in percent of one.
+pub const CPU_FLOOR_PERCENT: std::ops::RangeInclusive<u16> = 1..=800;
+/// Longest minimum time awake, in seconds (a day).
+pub const MAX_MIN_AWAKE_SECONDS: u64 = 86_400;
 /// Longest digest of a snapshot in bytes.
 pub const MAX_DIGEST: usize = 256;
 /// Fewest and most machines of one fork.

@@ -4,8 +4,8 @@ mod options;
 mod ssh;
 
 pub(crate) use options::{
-    Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Keep, Kill, Lease, Logs, OneMachine, Probe,
-    Resume, Rm, Snapshots, Switch, Templates, Traffic, Url, Wake,
+    Activity, Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Keep, Kill, Lease, Logs,
+    OneMachine, Probe, Resume, Rm, Snapshots, Switch, Templates, Traffic, Url, Wake,
 };
 
 pub(crate) use ssh::{Ssh, SshKeys};
@@ -195,6 +195,14 @@ Examples:
   torpor lease web 1h --on-expiry destroy
   torpor lease web --none                   # awake until told otherwise")]
     Lease(Lease),
+    /// Show or set what counts as use of a machine with a sliding lease
+    #[command(after_help = "\
+Examples:
+  torpor activity web                              # show
+  torpor activity web --cpu off --outbound off     # only people keep it awake
+  torpor activity web --cpu-floor 50               # busy is above half a processor
+  torpor activity web --min-awake 2m               # no lease ends sooner after a wake")]
+    Activity(Activity),
     /// Show or set how long a machine is kept that is not awake
     #[command(after_help = "\
 Examples:

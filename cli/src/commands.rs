@@ -82,6 +82,7 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Command::Hide(hide) => services::hide(&context, &hide).await,
         Command::Logs(logs) => host::logs(&context, &logs).await,
         Command::Lease(lease) => policy::lease(&context, &lease).await,
+        Command::Activity(activity) => policy::activity(&context, &activity).await,
         Command::Keep(keep) => policy::keep(&context, &keep).await,
         Command::Wake(wake) => policy::wake(&context, &wake).await,
         Command::Events(events) => events::run(&context, &events).await,

@@ -69,6 +69,15 @@ pub(crate) fn duration(text: &str) -> Result<Duration, ParseError> {
     }
 }
 
+/// Likewise, or `0`.
+pub(crate) fn duration_or_zero(text: &str) -> Result<Duration, ParseError> {
+    if text == "0" {
+        Ok(Duration::ZERO)
+    } else {
+        duration(text)
+    }
+}
+
 /// `512M`, `2GiB`, `4k` or plain bytes.
 pub(crate) fn size_bytes(text: &str) -> Result<u64, ParseError> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();

@@ -1,4 +1,4 @@
-//! `/v1/machines/{id}/lease`, `/retention` and `/wake`: the policies of a machine.
+//! `/v1/machines/{id}/lease`, `/activity`, `/retention` and `/wake`: the policies of a machine.
 
 use super::error::Failure;
 use super::extract::{Json as Body, Named};
@@ -7,6 +7,7 @@ use crate::machine::fleet::{Fleet, PolicyRule};
 use axum::Json;
 use axum::extract::State;
 use torpor_api::Lease;
+use torpor_api::activity::{ActivityPolicy, PatchActivity};
 use torpor_api::http::{Machine, MachineRetention, PatchWake, SetLease, SetRetention};
 
 pub(super) async fn show(
@@ -45,6 +46,22 @@ pub(super) async fn set_retention(
     validate::retention(body.retention_seconds)?;
     fleet.set_retention(&id, body.retention_seconds).await?;
     Ok(Json(fleet.view(&id).await?.retention))
+}
+
+pub(super) async fn show_activity(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+) -> Result<Json<ActivityPolicy>, Failure> {
+    Ok(Json(fleet.view(&id).await?.activity))
+}
+
+pub(super) async fn patch_activity(
+    State(fleet): State<Fleet>,
+    Named(id): Named,
+    Body(patch): Body<PatchActivity>,
+) -> Result<Json<ActivityPolicy>, Failure> {
+    validate::activity(&patch.of(ActivityPolicy::default()))?;
+    Ok(Json(fleet.patch_activity(&id, patch).await?))
 }
 
 pub(super) async fn patch_wake(

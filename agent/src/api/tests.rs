@@ -354,6 +354,47 @@ async fn a_retention_is_echoed_and_bounded() {
 }
 
 #[tokio::test]
+async fn what_counts_as_activity_is_changed_field_by_field_and_bounded() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let (id, _) = created(&router).await;
+    let path = format!("/v1/machines/{id}/activity");
+    let patch = json!({ "cpu": false, "min_awake_seconds": 30 });
+    assert_eq!(call(&router, "PATCH", &path, patch).await.status, StatusCode::OK);
+    let shown = call(&router, "GET", &path, Value::Null).await.body;
+    assert_eq!(
+        shown,
+        json!({ "proxy": true, "sessions": true, "outbound": true, "cpu": false, "hold": true,
+                "cpu_floor_percent": 25, "min_awake_seconds": 30 })
+    );
+    world.touch(&id.parse().unwrap()).await.unwrap();
+    let why = call(&router, "GET", &format!("/v1/machines/{id}/why"), Value::Null).await;
+    let sources = why.body["activity"].as_array().unwrap();
+    let counts = |source: &str| {
+        sources
+            .iter()
+            .find(|sign| sign["source"] == source)
+            .map(|sign| &sign["counts"])
+    };
+    assert_eq!(counts("proxy"), Some(&json!(true)));
+    assert_eq!(why.body["min_awake_remaining_ms"], 30_000);
+    for (bad, says) in [
+        (json!({ "cpu_floor_percent": 0 }), "cpu_floor_percent is 0"),
+        (
+            json!({ "min_awake_seconds": 86_401 }),
+            "min_awake_seconds is 86401",
+        ),
+        (json!({ "disk": true }), "disk"),
+        (json!({ "cpu": "off" }), "cpu"),
+    ] {
+        let answer = call(&router, "PATCH", &path, bad.clone()).await;
+        assert_refused(&answer, 400, "invalid_request", says);
+        let answer = call(&router, "POST", "/v1/machines", json!({ "activity": bad })).await;
+        assert_refused(&answer, 400, "invalid_request", says);
+    }
+}
+
+#[tokio::test]
 async fn machines_are_listed_in_pages() {
     let world = World::new();
     let router = router(world.fleet.clone());

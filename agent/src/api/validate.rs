@@ -5,6 +5,7 @@ use crate::machine::fleet::check_lease_and_wake;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Display;
 use std::ops::RangeInclusive;
+use torpor_api::activity::ActivityPolicy;
 use torpor_api::http::{
     CreateMachine, CreateSnapshot, ExecRequest, ForkMachine, PatchService, PatchSnapshot, ServiceAuth,
     ServiceKind, ServiceSpec,
@@ -46,6 +47,7 @@ pub(super) fn create(body: &CreateMachine) -> Result<(), Failure> {
     if let Some(wake) = body.wake {
         check_lease_and_wake(body.lease, wake)?;
     }
+    body.activity.as_ref().map_or(Ok(()), activity)?;
     retention(body.retention_seconds)?;
     services(&body.services)?;
     environment(&body.env)?;
@@ -65,6 +67,19 @@ pub(super) fn snapshot(body: &CreateSnapshot) -> Result<(), Failure> {
     }
     retention(body.retention_seconds)?;
     metadata(&body.metadata)
+}
+
+pub(super) fn activity(policy: &ActivityPolicy) -> Result<(), Failure> {
+    within(
+        "cpu_floor_percent",
+        policy.cpu_floor_percent,
+        &limits::CPU_FLOOR_PERCENT,
+    )?;
+    within(
+        "min_awake_seconds",
+        policy.min_awake_seconds,
+        &(0..=limits::MAX_MIN_AWAKE_SECONDS),
+    )
 }
 
 pub(super) fn retention(seconds: Option<u64>) -> Result<(), Failure> {

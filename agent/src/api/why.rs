@@ -45,6 +45,8 @@ pub(super) async fn why(State(fleet): State<Fleet>, Named(id): Named) -> Result<
         status: machine.status,
         event,
         lease: machine.lease,
+        activity: fleet.activity_of(&id, &machine.activity),
+        min_awake_remaining_ms: fleet.min_awake_remaining_ms(&id, &machine.activity),
         at_work: fleet.is_at_work(&id),
         hold,
     }))

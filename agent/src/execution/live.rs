@@ -24,6 +24,7 @@ use crate::guest_client::GuestClient;
 use crate::images::manifest::{FORMAT, Manifest};
 use crate::images::{MachineFiles, header};
 use crate::machine::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus};
+use crate::machine::usage::RunUsage;
 use crate::net::SlotLease;
 use crate::vmm_client::{VmmClient, VmmClientError, VmmEvents};
 
@@ -428,6 +429,13 @@ impl Execution for VmmExecution {
                 tracing::debug!(error = super::chain(&error), "VMM was not told of the first byte");
             }
         });
+    }
+
+    async fn usage(&self) -> RunUsage {
+        RunUsage {
+            cpu_us: self.process.cpu_us().unwrap_or(0),
+            outbound_bytes: self.slot().map_or(0, |slot| slot.uplink_bytes()),
+        }
     }
 
     async fn status(&self) -> Result<VmmStatus, HypervisorError> {

@@ -20,6 +20,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, ReadHalf, WriteHalf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use torpor_api::ErrorCode;
+use torpor_api::activity::ActivitySource;
 use torpor_api::guest::FrameType;
 use torpor_proxy::{Awake, Line};
 
@@ -201,7 +202,8 @@ impl Carrier {
     }
 
     fn touch(&self) {
-        self.gate.touch(self.fleet.now_unix_ms());
+        self.gate
+            .touch(ActivitySource::Sessions, self.fleet.now_unix_ms());
     }
 
     async fn inwards(&self, mut near: ReadHalf<DuplexStream>, mut far: FarWriter) -> io::Result<()> {

@@ -240,7 +240,7 @@ impl Driver {
     async fn take_up(&mut self, found: Found, (state, effects): Step) {
         if let Some((execution, _)) = found.vmm {
             self.adopt(execution).await;
-            self.gate.touch(self.shared.clock.now_unix_ms());
+            self.gate.touch_all(self.shared.clock.now_unix_ms());
         }
         self.state = state;
         self.publish(effects);
@@ -401,7 +401,7 @@ impl Driver {
     /// Open the gate, and let in who only waited for that. No commit comes before this.
     fn let_in(&mut self) {
         let Some(epoch) = &self.epoch else { return };
-        self.gate.open(epoch);
+        self.gate.open(epoch, self.shared.clock.now_unix_ms());
         self.shared.dawn.tell(&self.id);
         self.waiters
             .let_in(&self.gate, self.shared.clock.now_unix_ms(), self.report.as_ref());

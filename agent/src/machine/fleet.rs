@@ -29,21 +29,22 @@ use super::clock::Clock;
 use super::dawn::Dawn;
 use super::driver::{self, Command, Entry, Live, Need, PauseOrder, WakeOrder, Woken};
 use super::error::MachineError;
-use super::gate::{Gate, Pass};
+use super::gate::Gate;
 use super::hypervisor::Hypervisor;
-use super::lines::{LineBook, OpenLine};
+use super::lines::LineBook;
 use super::registry::{Handle, Registry};
 use super::routes::Routes;
+use super::usage::Meter;
 use crate::edge::Edge;
 use crate::edge::filter::Filters;
 use crate::ssh::Door;
 use crate::store::{MachineRow, NewEvent, Store};
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
+use torpor_api::activity::ActivitySource;
 use torpor_api::http::{Endpoints, ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
@@ -107,6 +108,15 @@ impl WakeSource {
         }
     }
 
+    /// As what it counts.
+    #[must_use]
+    pub fn activity(self) -> ActivitySource {
+        match self {
+            Self::Http | Self::Tcp => ActivitySource::Proxy,
+            Self::Ssh | Self::Api => ActivitySource::Sessions,
+        }
+    }
+
     /// Its switch.
     #[must_use]
     pub fn allowed_by(self, policy: WakePolicy) -> bool {
@@ -132,6 +142,7 @@ pub struct Shared {
     pub(super) lines: Arc<LineBook>,
     pub(super) filters: Filters,
     pub(super) wake_times: filter::WakeTimes,
+    pub(super) meter: Meter,
     pub(super) leases_changed: Notify,
     pub(super) retention_changed: Notify,
     turns: turns::Turns,
@@ -169,6 +180,7 @@ impl Fleet {
                 lines: Arc::default(),
                 filters: Filters::default(),
                 wake_times: filter::WakeTimes::default(),
+                meter: Meter::default(),
                 leases_changed: Notify::new(),
                 retention_changed: Notify::new(),
                 turns: turns::Turns::default(),
@@ -234,27 +246,6 @@ impl Fleet {
             .ok_or_else(|| MachineError::not_found(cut(text)))
     }
 
-    /// The way into a machine that runs.
-    #[must_use]
-    pub fn enter(&self, id: &MachineId) -> Option<Pass> {
-        self.shared.registry.find(id)?.gate.enter(self.now_unix_ms())
-    }
-
-    /// Likewise, without counting as activity.
-    #[must_use]
-    pub fn enter_quietly(&self, id: &MachineId) -> Option<Pass> {
-        self.shared.registry.find(id)?.gate.enter_quietly()
-    }
-
-    /// Enter a connection that may outlast pauses of the machine.
-    #[must_use]
-    pub fn open_line(&self, id: &MachineId, socket: OwnedFd) -> OpenLine {
-        let (hypervisor, machine) = (Arc::clone(&self.shared.hypervisor), id.clone());
-        self.shared
-            .lines
-            .open(id, socket, move || hypervisor.unpark(&machine))
-    }
-
     /// Get the guest running for traffic, if its policy lets this traffic do so, within the bounded wait.
     ///
     /// # Errors
@@ -281,7 +272,7 @@ impl Fleet {
         cause: serde_json::Value,
     ) -> Result<Woken, MachineError> {
         if let Some(handle) = self.shared.registry.find(id)
-            && let Some(pass) = handle.gate.enter(self.now_unix_ms())
+            && let Some(pass) = handle.gate.enter(source.activity(), self.now_unix_ms())
         {
             let activity = Arc::clone(handle.gate.activity());
             return Ok(Woken {

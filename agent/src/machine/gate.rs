@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
+use torpor_api::activity::{ActivityPolicy, ActivitySource};
 use torpor_api::vmm::ExitReason;
 use torpor_proxy::Activity;
 
@@ -19,7 +20,8 @@ use super::hypervisor::Execution;
 pub struct Gate {
     open: Mutex<Option<Arc<Epoch>>>,
     activity: Arc<Activity>,
-    last_entered_unix_ms: AtomicU64,
+    seen_unix_ms: [AtomicU64; ActivitySource::ALL.len()],
+    awake_since_unix_ms: AtomicU64,
     at_work: Arc<AtomicUsize>,
 }
 
@@ -78,7 +80,8 @@ impl Drop for Pass {
 
 impl Gate {
     /// Let requests in to this execution.
-    pub fn open(&self, epoch: &Arc<Epoch>) {
+    pub fn open(&self, epoch: &Arc<Epoch>, now_unix_ms: u64) {
+        self.awake_since_unix_ms.store(now_unix_ms, Ordering::Release);
         *self.lock() = Some(Arc::clone(epoch));
     }
 
@@ -89,19 +92,20 @@ impl Gate {
 
     /// Go in, if the gate is open.
     #[must_use]
-    pub fn enter(&self, now_unix_ms: u64) -> Option<Pass> {
-        let open = self.lock();
-        // The driver may not have heard yet; it will before it hears of whoever is turned away here.
-        let epoch = open.as_ref().filter(|epoch| epoch.exited.borrow().is_none())?;
-        epoch.inside.fetch_add(1, Ordering::AcqRel);
-        self.last_entered_unix_ms.fetch_max(now_unix_ms, Ordering::AcqRel);
-        Some(Pass(Arc::clone(epoch)))
+    pub fn enter(&self, source: ActivitySource, now_unix_ms: u64) -> Option<Pass> {
+        let pass = self.enter_quietly()?;
+        self.touch(source, now_unix_ms);
+        Some(pass)
     }
 
     /// Go in without counting as activity, if the gate is open.
     #[must_use]
     pub fn enter_quietly(&self) -> Option<Pass> {
-        self.enter(0)
+        let open = self.lock();
+        // The driver may not have heard yet; it will before it hears of whoever is turned away here.
+        let epoch = open.as_ref().filter(|epoch| epoch.exited.borrow().is_none())?;
+        epoch.inside.fetch_add(1, Ordering::AcqRel);
+        Some(Pass(Arc::clone(epoch)))
     }
 
     /// Wait until nobody is inside, and shut in that instant.
@@ -124,9 +128,50 @@ impl Gate {
         }
     }
 
-    /// Count now as the last time that somebody went in: what was before torpord started is not known.
-    pub fn touch(&self, now_unix_ms: u64) {
-        self.last_entered_unix_ms.fetch_max(now_unix_ms, Ordering::AcqRel);
+    /// Activity from this source was seen.
+    pub fn touch(&self, source: ActivitySource, now_unix_ms: u64) {
+        self.seen(source).fetch_max(now_unix_ms, Ordering::AcqRel);
+    }
+
+    /// Count now as the last use by every source: what was before torpord started is not known.
+    pub fn touch_all(&self, now_unix_ms: u64) {
+        for source in ActivitySource::ALL {
+            self.touch(source, now_unix_ms);
+        }
+    }
+
+    /// When activity from this source was last seen, in Unix time in milliseconds; 0 if never.
+    #[must_use]
+    pub fn last_seen_unix_ms(&self, source: ActivitySource) -> u64 {
+        self.seen(source).load(Ordering::Acquire)
+    }
+
+    /// When the machine was last used, by what this policy counts; 0 if never.
+    #[must_use]
+    pub fn last_used_unix_ms(&self, policy: &ActivityPolicy) -> u64 {
+        let counted = ActivitySource::ALL
+            .into_iter()
+            .filter(|source| policy.counts(*source));
+        counted
+            .map(|source| self.last_seen_unix_ms(source))
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Since when the machine is awake.
+    #[must_use]
+    pub fn awake_since_unix_ms(&self) -> u64 {
+        self.awake_since_unix_ms.load(Ordering::Acquire)
+    }
+
+    fn seen(&self, source: ActivitySource) -> &AtomicU64 {
+        let [proxy, sessions, outbound, cpu] = &self.seen_unix_ms;
+        match source {
+            ActivitySource::Proxy => proxy,
+            ActivitySource::Sessions => sessions,
+            ActivitySource::Outbound => outbound,
+            ActivitySource::Cpu => cpu,
+        }
     }
 
     /// Where payload bytes of this machine are counted.
@@ -155,10 +200,10 @@ impl Gate {
         self.lock().as_ref().is_some_and(is_empty) && !self.is_at_work()
     }
 
-    /// Unix time in milliseconds at which somebody last went in; 0 if never.
+    /// The execution that requests may use, if any.
     #[must_use]
-    pub fn last_entered_unix_ms(&self) -> u64 {
-        self.last_entered_unix_ms.load(Ordering::Acquire)
+    pub fn current(&self) -> Option<Arc<Epoch>> {
+        self.lock().clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Arc<Epoch>>> {

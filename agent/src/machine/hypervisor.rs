@@ -13,6 +13,7 @@
 //!
 //! Not its job: leases, waking, rows. It knows no store.
 
+use super::usage::RunUsage;
 use crate::guest_client::GuestClient;
 use async_trait::async_trait;
 use std::collections::BTreeMap;
@@ -318,6 +319,9 @@ pub trait Execution: Send + Sync + 'static {
 
     /// The first response byte left: the working set is complete. Fire and forget.
     fn first_byte(&self);
+
+    /// What the run has used so far.
+    async fn usage(&self) -> RunUsage;
 
     /// State and counters of the VMM.
     async fn status(&self) -> Result<VmmStatus, HypervisorError>;

@@ -2,15 +2,15 @@
 //!
 //! A due lease is claimed by moving its next look [`RETRY`] ahead, so a pause that fails, for want of disk space
 //! say, is tried again then, and a torpord that dies in between looks again, too. Whether the deadline still stands
-//! is checked once more when the pause commits. A sliding lease whose machine was used since is moved, not carried
-//! out.
+//! is checked once more when the pause commits. A lease whose machine was used since, or is not awake for its least time
+//! yet, is moved, not carried out.
 
 use super::driver::PauseOrder;
 use super::fleet::Fleet;
+use super::usage;
 use crate::store::DueLease;
-use std::collections::HashMap;
 use std::time::Duration;
-use torpor_api::{ErrorCode, LeaseAction, LeaseMode, MachineId};
+use torpor_api::{ErrorCode, LeaseAction, LeaseMode};
 
 /// A lease that could not be carried out is looked at again after this long.
 pub const RETRY: Duration = Duration::from_secs(30);
@@ -23,7 +23,6 @@ pub async fn run(fleet: Fleet) {
 }
 
 async fn keep_time(fleet: Fleet) {
-    let mut seen_bytes = HashMap::new();
     loop {
         let changed = fleet.shared.leases_changed.notified();
         let next = match fleet.shared.store.next_lease_check().await {
@@ -36,7 +35,7 @@ async fn keep_time(fleet: Fleet) {
         match next {
             Some(at_unix_ms) => {
                 tokio::select! {
-                    () = fleet.shared.clock.sleep_until_unix_ms(at_unix_ms) => claim(&fleet, &mut seen_bytes).await,
+                    () = fleet.shared.clock.sleep_until_unix_ms(at_unix_ms) => claim(&fleet).await,
                     () = changed => {}
                 }
             }
@@ -45,7 +44,7 @@ async fn keep_time(fleet: Fleet) {
     }
 }
 
-async fn claim(fleet: &Fleet, seen_bytes: &mut HashMap<MachineId, u64>) {
+async fn claim(fleet: &Fleet) {
     let now = fleet.now_unix_ms();
     let again = now.saturating_add(u64::try_from(RETRY.as_millis()).unwrap_or(u64::MAX));
     let due = match fleet
@@ -67,7 +66,7 @@ async fn claim(fleet: &Fleet, seen_bytes: &mut HashMap<MachineId, u64>) {
         }
     };
     for lease in due {
-        if let Some(until) = slid_to(fleet, &lease, seen_bytes) {
+        if let Some(until) = moved_to(fleet, &lease).await {
             let moved = fleet
                 .shared
                 .store
@@ -78,38 +77,27 @@ async fn claim(fleet: &Fleet, seen_bytes: &mut HashMap<MachineId, u64>) {
             }
             continue;
         }
-        seen_bytes.remove(&lease.machine);
         tokio::spawn(carry_out(fleet.clone(), lease));
     }
 }
 
-/// The new deadline of a sliding lease whose machine was used since the old one was set.
-fn slid_to(fleet: &Fleet, lease: &DueLease, seen_bytes: &mut HashMap<MachineId, u64>) -> Option<u64> {
-    if lease.policy.mode != LeaseMode::Sliding {
-        return None;
-    }
+/// The new deadline of a lease whose machine is awake for too short a time yet, or was used since the old one was
+/// set.
+async fn moved_to(fleet: &Fleet, lease: &DueLease) -> Option<u64> {
     let handle = fleet.shared.registry.find(&lease.machine)?;
-    let window = lease.policy.seconds.saturating_mul(1000);
-    let activity = handle.gate.activity();
-    let bytes = activity
-        .to_guest_bytes()
-        .saturating_add(activity.from_guest_bytes());
-    // Payload on an open connection counts, the open connection does not. When it passed is not known, only
-    // that it did since the last look, so it counts as if it were now.
-    let before = seen_bytes.insert(lease.machine.clone(), bytes).unwrap_or(0);
-    let in_use = bytes != before || handle.gate.is_at_work();
-    let used_unix_ms = if in_use {
-        fleet.now_unix_ms()
-    } else {
-        handle.gate.last_entered_unix_ms()
-    };
-    let until = used_unix_ms.saturating_add(window);
+    let mut until = usage::awake_until(fleet, &lease.machine, &lease.activity);
+    if lease.policy.mode == LeaseMode::Sliding {
+        usage::look(fleet, &lease.machine, &handle, &lease.activity).await;
+        let window = lease.policy.seconds.saturating_mul(1000);
+        let used_unix_ms = handle.gate.last_used_unix_ms(&lease.activity);
+        until = until.max(used_unix_ms.saturating_add(window));
+    }
     (until > fleet.now_unix_ms()).then_some(until)
 }
 
 /// Put a sliding lease off for as long as code inside holds the machine; whether it was.
 async fn is_held(fleet: &Fleet, lease: &DueLease) -> bool {
-    if lease.policy.mode != LeaseMode::Sliding {
+    if lease.policy.mode != LeaseMode::Sliding || !lease.activity.hold {
         return false;
     }
     let Some(hold) = fleet.hold_of(&lease.machine).await else {

@@ -1,7 +1,7 @@
 //! Making room: while a machine waits for memory, the one that was used longest ago is put to sleep.
 //!
 //! One task, and only if the configuration asks for it. A machine counts as idle if nobody is inside, no command runs
-//! in it, code inside does not hold it, nobody used it for [`Settings::idle_before_pause`], and some wake switch would
+//! in it, code inside does not hold it, its least time awake is over, nobody used it for [`Settings::idle_before_pause`], and some wake switch would
 //! bring it back. A request that arrives meanwhile wins over the pause, as always.
 //!
 //! [`Settings::idle_before_pause`]: super::fleet::Settings::idle_before_pause
@@ -11,6 +11,7 @@ use super::fleet::Fleet;
 use super::state::State;
 use std::time::Duration;
 use torpor_api::MachineId;
+use torpor_api::activity::ActivityPolicy;
 use torpor_api::http::WakePolicy;
 
 /// Nobody tells when a machine falls idle, so they are looked at so often, while somebody waits for memory.
@@ -63,7 +64,7 @@ fn idle(fleet: &Fleet, idle_for: Duration) -> Vec<MachineId> {
         .into_iter()
         .filter(|(_, handle)| handle.live.borrow().state == Some(State::Running))
         .filter(|(_, handle)| handle.gate.is_idle())
-        .map(|(id, handle)| (handle.gate.last_entered_unix_ms(), id))
+        .map(|(id, handle)| (handle.gate.last_used_unix_ms(&ActivityPolicy::default()), id))
         .filter(|(used_unix_ms, _)| *used_unix_ms <= used_before)
         .collect();
     idle.sort_unstable();
@@ -75,5 +76,6 @@ async fn may_sleep(fleet: &Fleet, id: &MachineId) -> bool {
     let Ok(Some(row)) = fleet.shared.store.machine(id).await else {
         return false;
     };
-    row.wake != WakePolicy::OFF && fleet.hold_of(id).await.is_none()
+    let is_young = super::usage::awake_until(fleet, id, &row.activity) > fleet.now_unix_ms();
+    row.wake != WakePolicy::OFF && !is_young && fleet.hold_of(id).await.is_none()
 }

@@ -7,6 +7,7 @@ mod oracle;
 mod restart;
 mod retention;
 mod snapshots;
+mod usage;
 mod wake;
 
 use super::clock::ManualClock;

@@ -327,6 +327,19 @@ impl SlotLease {
         }
     }
 
+    /// Bytes that went through the slot's uplink both ways, which is what the guest and the world outside exchanged:
+    /// the proxy's connections are made inside the slot.
+    #[must_use]
+    pub fn uplink_bytes(&self) -> u64 {
+        let statistics = format!("/sys/class/net/{}/statistics", super::uplink_name(self.number));
+        let read = |name: &str| {
+            let text = std::fs::read_to_string(format!("{statistics}/{name}")).ok()?;
+            text.trim().parse::<u64>().ok()
+        };
+        let both = [read("rx_bytes"), read("tx_bytes")];
+        both.into_iter().flatten().fold(0, u64::saturating_add)
+    }
+
     /// Another descriptor of the tap, for a VMM. The slot's own keeps the tap when that VMM is gone.
     #[must_use]
     pub fn tap_for_vmm(&self) -> Option<OwnedFd> {

@@ -1,9 +1,10 @@
 //! Leases and retentions by time: found by an index, claimed one batch at a time.
 
 use super::events::{self, NewEvent};
-use super::rows::{get, lease_action, lease_mode, parse};
+use super::rows::{self, get, lease_action, lease_mode, parse};
 use super::{Store, StoreError, sql};
 use rusqlite::params;
+use torpor_api::activity::{ActivityPolicy, PatchActivity};
 use torpor_api::{LeasePolicy, MachineId};
 
 /// A lease whose deadline has passed.
@@ -15,6 +16,8 @@ pub struct DueLease {
     pub deadline_unix_ms: u64,
     /// The policy in force.
     pub policy: LeasePolicy,
+    /// What counts as use of the machine.
+    pub activity: ActivityPolicy,
 }
 
 impl Store {
@@ -49,7 +52,7 @@ impl Store {
                 .prepare_cached(
                     "UPDATE machines SET lease_check_unix_ms = ?2 WHERE id IN \
                      (SELECT id FROM machines WHERE lease_check_unix_ms <= ?1 ORDER BY lease_check_unix_ms LIMIT ?3) \
-                     RETURNING id, deadline_unix_ms, lease_seconds, lease_action, lease_mode",
+                     RETURNING id, deadline_unix_ms, lease_seconds, lease_action, lease_mode, activity",
                 )
                 .map_err(&operation)?;
             let mut found =
@@ -64,6 +67,7 @@ impl Store {
                         action: lease_action(&get::<String>(row, "lease_action")?)?,
                         mode: lease_mode(&get::<String>(row, "lease_mode")?)?,
                     },
+                    activity: rows::decode_json(&get::<String>(row, "activity")?, "activity")?,
                 });
             }
             Ok(due)
@@ -129,6 +133,30 @@ impl Store {
                 return Err(StoreError::NoMachine { id: id.to_string() });
             }
             events::insert(tx, &event)
+        })
+        .await
+    }
+
+    /// Change what counts as use of the machine; answers the policy as it is then.
+    ///
+    /// # Errors
+    /// The machine is gone, or SQLite refuses.
+    pub async fn patch_activity(
+        &self,
+        id: MachineId,
+        patch: PatchActivity,
+        event: NewEvent,
+    ) -> Result<ActivityPolicy, StoreError> {
+        self.write("change what counts as activity", move |tx| {
+            let row = rows::machine(tx, &id)?.ok_or_else(|| StoreError::NoMachine { id: id.to_string() })?;
+            let policy = patch.of(row.activity);
+            tx.execute(
+                "UPDATE machines SET activity = ?2 WHERE id = ?1",
+                params![id.as_str(), serde_json::json!(policy).to_string()],
+            )
+            .map_err(sql("change what counts as activity"))?;
+            events::insert(tx, &event)?;
+            Ok(policy)
         })
         .await
     }

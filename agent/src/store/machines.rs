@@ -7,6 +7,7 @@ use crate::machine::fleet::Reshape;
 use crate::machine::hypervisor::MachineSpec;
 use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::BTreeMap;
+use torpor_api::activity::ActivityPolicy;
 use torpor_api::http::{PatchWake, ServiceSpec, WakePolicy};
 use torpor_api::{ErrorCode, LeasePolicy, MachineId, MachineName, SnapshotId, ids::spellings};
 
@@ -19,6 +20,8 @@ pub struct NewMachine {
     pub name: Option<MachineName>,
     /// Lease policy; its window starts when the guest answers.
     pub lease: Option<LeasePolicy>,
+    /// What counts as use of it.
+    pub activity: ActivityPolicy,
     /// How long it is kept while it is not awake.
     pub retention_seconds: Option<u64>,
     /// Wake switches.
@@ -70,8 +73,8 @@ pub enum Created {
 
 const INSERT_MACHINE: &str = "INSERT INTO machines (id, name, template, template_digest, vcpus, mem_mib, disk_mib, \
      state, lease_seconds, lease_action, lease_mode, wake_http, wake_ssh, wake_tcp, wake_api, metadata, \
-     created_unix_ms, last_used_unix_ms, env, cwd, snapshot_id, hidden, retention_seconds) \
-     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16, ?17, ?18, ?19, ?20, ?21)";
+     created_unix_ms, last_used_unix_ms, env, cwd, snapshot_id, hidden, retention_seconds, activity) \
+     VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 'creating', ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?16, ?17, ?18, ?19, ?20, ?21, ?22)";
 
 impl Store {
     /// A new row in state `creating`, with its services and its ID as an alias.
@@ -438,6 +441,7 @@ fn insert_machine(connection: &Connection, new: &NewMachine) -> Result<(), Store
             new.snapshot.as_ref().map(SnapshotId::as_str),
             new.hidden,
             new.retention_seconds,
+            serde_json::json!(new.activity).to_string(),
         ],
     );
     match inserted {

@@ -6,6 +6,7 @@ use crate::machine::state::Committed;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 use std::collections::BTreeMap;
 use std::str::FromStr;
+use torpor_api::activity::ActivityPolicy;
 use torpor_api::http::{LastError, ServiceAuth, ServiceKind, WakePolicy};
 use torpor_api::{ExecutionId, LeaseAction, LeaseMode, LeasePolicy, MachineId, MachineName, SnapshotId};
 
@@ -30,6 +31,8 @@ pub struct MachineRow {
     pub lease: Option<LeasePolicy>,
     /// When the lease runs out; absent while the machine is asleep.
     pub deadline_unix_ms: Option<u64>,
+    /// What counts as use of it.
+    pub activity: ActivityPolicy,
     /// How long it is kept while it is not awake, if not until it is deleted.
     pub retention_seconds: Option<u64>,
     /// When that ends; absent while it is awake.
@@ -78,7 +81,7 @@ pub struct ServiceRow {
 pub(super) const MACHINE_COLUMNS: &str = "id, name, template, template_digest, vcpus, mem_mib, disk_mib, state, \
      generation, execution_id, image_generation, lease_seconds, lease_action, lease_mode, deadline_unix_ms, \
      wake_http, wake_ssh, wake_tcp, wake_api, metadata, pauses, wakes, last_error, created_unix_ms, last_used_unix_ms, \
-     env, cwd, last_execution_id, snapshot_id, retention_seconds, expires_unix_ms";
+     env, cwd, last_execution_id, snapshot_id, retention_seconds, expires_unix_ms, activity";
 
 /// The machine's row with its services.
 pub(super) fn machine(connection: &Connection, id: &MachineId) -> Result<Option<MachineRow>, StoreError> {
@@ -142,6 +145,7 @@ pub(super) fn decode_machine(row: &Row<'_>) -> Result<MachineRow, StoreError> {
         image_generation: get(row, "image_generation")?,
         lease: decode_lease(row)?,
         deadline_unix_ms: get(row, "deadline_unix_ms")?,
+        activity: decode_json(&get::<String>(row, "activity")?, "activity")?,
         retention_seconds: get(row, "retention_seconds")?,
         expires_unix_ms: get(row, "expires_unix_ms")?,
         wake: WakePolicy {

@@ -26,7 +26,7 @@ CREATE TABLE machines (
     last_error       TEXT,
     created_unix_ms  INTEGER NOT NULL,
     last_used_unix_ms INTEGER NOT NULL
-, env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT, snapshot_id TEXT, hidden INTEGER NOT NULL DEFAULT 0, retention_seconds INTEGER, expires_unix_ms INTEGER) STRICT;
+, env TEXT NOT NULL DEFAULT '{}', cwd TEXT, last_execution_id TEXT, snapshot_id TEXT, hidden INTEGER NOT NULL DEFAULT 0, retention_seconds INTEGER, expires_unix_ms INTEGER, activity TEXT NOT NULL DEFAULT '{}') STRICT;
 
 CREATE INDEX machines_state ON machines (state);
 

@@ -25,6 +25,7 @@ fn event(machine: &MachineId, kind: &'static str) -> NewEvent {
 fn new_machine(name: Option<&str>) -> NewMachine {
     let id = MachineId::generate();
     NewMachine {
+        activity: torpor_api::activity::ActivityPolicy::default(),
         retention_seconds: None,
         event: event(&id, "machine.created"),
         spec: MachineSpec {

@@ -271,6 +271,12 @@ pub struct Why {
     pub lease: Option<Lease>,
     /// A command runs in it on somebody's behalf, which a sliding lease waits for.
     pub at_work: bool,
+    /// When each source of activity was last seen in this run, the last one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub activity: Vec<crate::activity::ActivitySign>,
+    /// Milliseconds until its least time awake is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_awake_remaining_ms: Option<u64>,
     /// The hold that code inside has on it, which a sliding lease waits for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hold: Option<HoldState>,

@@ -324,6 +324,33 @@ pub(crate) struct Lease {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct Activity {
+    /// Name, machine ID or execution ID
+    pub(crate) machine: String,
+    /// Requests and payload through the proxy
+    #[arg(long, value_enum)]
+    pub(crate) proxy: Option<Switch>,
+    /// Calls of the API, commands and SSH sessions
+    #[arg(long, value_enum)]
+    pub(crate) sessions: Option<Switch>,
+    /// What the machine itself exchanges with the world outside
+    #[arg(long, value_enum)]
+    pub(crate) outbound: Option<Switch>,
+    /// Busy processors
+    #[arg(long, value_enum)]
+    pub(crate) cpu: Option<Switch>,
+    /// Holds that code inside takes (torpor-guest hold)
+    #[arg(long, value_enum)]
+    pub(crate) hold: Option<Switch>,
+    /// Share of one processor above which it counts as busy
+    #[arg(long, value_name = "PERCENT")]
+    pub(crate) cpu_floor: Option<u16>,
+    /// No lease ends sooner after a start or a wake; 0 for none
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration_or_zero)]
+    pub(crate) min_awake: Option<Duration>,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct Keep {
     /// Name, machine ID or execution ID
     pub(crate) machine: String,

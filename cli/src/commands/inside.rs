@@ -71,6 +71,17 @@ fn explained(why: &Why) -> String {
             event.offset
         ));
     }
+    for sign in &why.activity {
+        let ago = output::short_duration(Duration::from_millis(sign.ago_ms));
+        let source = serde_json::to_value(sign.source).unwrap_or_default();
+        let source = source.as_str().unwrap_or_default();
+        let but = if sign.counts { "" } else { ", which does not count" };
+        text.push_str(&format!("last {source} activity {ago} ago{but}\n"));
+    }
+    if let Some(left_ms) = why.min_awake_remaining_ms {
+        let left = output::short_duration(Duration::from_millis(left_ms));
+        text.push_str(&format!("no lease ends within the next {left}\n"));
+    }
     if why.at_work {
         text.push_str("a command runs in it\n");
     }

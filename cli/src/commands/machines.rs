@@ -38,6 +38,7 @@ fn body_of(create: Create) -> CreateMachine {
         disk_mib: create.disk,
         lease: create.lease.map(|length| create.lease_options.policy(length)),
         wake: wake_policy(&create.no_wake),
+        activity: None,
         retention_seconds: create.keep.map(|keep| keep.as_secs()),
         services,
         metadata: map_of(&create.metadata),

@@ -1,4 +1,5 @@
-//! `lease`, `keep` and `wake`: when a machine falls asleep, how long it is kept then, and what wakes it.
+//! `lease`, `activity`, `keep` and `wake`: when a machine falls asleep, what keeps it from that, how long it is kept
+//! then, and what wakes it.
 
 use super::{Context, path};
 use crate::args::{self, Switch};
@@ -7,6 +8,7 @@ use anyhow::Context as _;
 use http::Method;
 use std::path::Path;
 use std::time::Duration;
+use torpor_api::activity::{ActivityPolicy, PatchActivity};
 use torpor_api::http::{MachineRetention, PatchWake, SetLease, SetRetention, WakeFilter, WakePolicy};
 
 /// Shows, sets or takes away the lease.
@@ -30,6 +32,65 @@ pub(super) async fn lease(context: &Context, asked: &args::Lease) -> anyhow::Res
         }
     }
     Ok(0)
+}
+
+/// Shows or changes what counts as use of a machine.
+pub(super) async fn activity(context: &Context, asked: &args::Activity) -> anyhow::Result<u8> {
+    let patch = PatchActivity {
+        proxy: on(asked.proxy),
+        sessions: on(asked.sessions),
+        outbound: on(asked.outbound),
+        cpu: on(asked.cpu),
+        hold: on(asked.hold),
+        cpu_floor_percent: asked.cpu_floor,
+        min_awake_seconds: asked.min_awake.map(|least| least.as_secs()),
+    };
+    let path = format!("{}/activity", path(&asked.machine));
+    let answer = if patch == PatchActivity::default() {
+        context.client.call(Method::GET, &path).await?
+    } else {
+        context.client.call_with(Method::PATCH, &path, &patch).await?
+    };
+    context.show(&answer, || {
+        let policy: ActivityPolicy = context.client.read(&answer)?;
+        Ok(activity_text(&policy))
+    })?;
+    Ok(0)
+}
+
+fn activity_text(policy: &ActivityPolicy) -> String {
+    let sources = [
+        ("proxy", policy.proxy),
+        ("sessions", policy.sessions),
+        ("outbound", policy.outbound),
+        ("cpu", policy.cpu),
+        ("hold", policy.hold),
+    ];
+    let counted = sources.iter().filter(|(_, on)| *on).map(|(name, _)| *name);
+    let counted = counted.collect::<Vec<_>>().join(", ");
+    let least = match policy.min_awake_seconds {
+        0 => "none".to_owned(),
+        seconds => short_duration(Duration::from_secs(seconds)),
+    };
+    crate::output::fields(&[
+        (
+            "counts",
+            if counted.is_empty() {
+                "nothing".to_owned()
+            } else {
+                counted
+            },
+        ),
+        (
+            "busy above",
+            format!("{} % of one processor", policy.cpu_floor_percent),
+        ),
+        ("min awake", least),
+    ])
+}
+
+fn on(switch: Option<Switch>) -> Option<bool> {
+    switch.map(|switch| switch == Switch::On)
 }
 
 /// Shows, sets or takes away how long a machine is kept that is not awake.
@@ -64,7 +125,6 @@ pub(super) fn retention_text(retention: Option<MachineRetention>) -> String {
 
 /// Shows or changes the wake switches.
 pub(super) async fn wake(context: &Context, asked: &args::Wake) -> anyhow::Result<u8> {
-    let on = |switch: Option<Switch>| switch.map(|switch| switch == Switch::On);
     if let Some(file) = &asked.filter {
         return filter(context, &asked.machine, file).await;
     }

@@ -163,6 +163,7 @@ impl Create {
             disk_mib: self.disk_mb,
             lease: Some(lease(self.timeout_ms.unwrap_or(DEFAULT_TIMEOUT_MS), action)?),
             wake: Some(wake),
+            activity: None,
             retention_seconds: None,
             services: Vec::new(),
             metadata: stored_metadata(&self.metadata.unwrap_or_default()),

@@ -11,6 +11,7 @@ use crate::machine::fleet::Presence;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
+use torpor_api::activity::ActivitySource;
 use torpor_api::guest::{Attached, FrameType, GuestResponse};
 
 /// Frames that wait, at most, in each direction.
@@ -60,7 +61,7 @@ impl Driver {
             tokio::select! {
                 frame = incoming.recv(), if !has_due => {
                     let Some(Ok(frame)) = frame else { return End::BrokenOff };
-                    gate.touch(self.inside.fleet.now_unix_ms());
+                    gate.touch(ActivitySource::Sessions, self.inside.fleet.now_unix_ms());
                     if self.hear(frame) {
                         return End::Over;
                     }
@@ -80,7 +81,7 @@ impl Driver {
                 }
                 order = next_order(&mut self.orders), if has_room => {
                     if self.take(order) {
-                        gate.touch(self.inside.fleet.now_unix_ms());
+                        gate.touch(ActivitySource::Sessions, self.inside.fleet.now_unix_ms());
                     }
                 }
                 () = events.closed() => return End::Over,

@@ -7,6 +7,7 @@ use super::{Driver, First, Staged, WakeReport};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
+use torpor_api::activity::ActivitySource;
 use torpor_api::{ErrorCode, MachineId, SnapshotId};
 use torpor_proxy::Activity;
 
@@ -56,6 +57,14 @@ impl WakeOrder {
     pub(super) fn first_port(&self) -> Option<u16> {
         let port = self.cause.get("port").and_then(serde_json::Value::as_u64);
         port.and_then(|port| u16::try_from(port).ok())
+    }
+
+    /// As what it counts.
+    fn source(&self) -> ActivitySource {
+        match self.actor {
+            "http" | "tcp" => ActivitySource::Proxy,
+            _ => ActivitySource::Sessions,
+        }
     }
 
     fn event(&self) -> Event {
@@ -129,7 +138,7 @@ impl Command {
 /// Who waits.
 #[derive(Default)]
 pub(super) struct Waiters {
-    wakes: Vec<(Need, Reply<Woken>)>,
+    wakes: Vec<(Need, ActivitySource, Reply<Woken>)>,
     pauses: Vec<Reply<()>>,
     deletes: Vec<Reply<()>>,
 }
@@ -142,17 +151,17 @@ impl Waiters {
     /// Let in those who need no more than the guest.
     pub(super) fn let_in(&mut self, gate: &Gate, now_unix_ms: u64, report: Option<&Arc<WakeReport>>) {
         let waiting = std::mem::take(&mut self.wakes);
-        for (need, reply) in waiting {
+        for (need, source, reply) in waiting {
             if need == Need::Guest {
-                answer_wake(reply, gate, now_unix_ms, report);
+                answer_wake((source, reply), gate, now_unix_ms, report);
             } else {
-                self.wakes.push((need, reply));
+                self.wakes.push((need, source, reply));
             }
         }
     }
 
     fn end_wakes(&mut self, error: &MachineError) {
-        for (_, reply) in self.wakes.drain(..) {
+        for (_, _, reply) in self.wakes.drain(..) {
             let _ = reply.send(Err(error.clone()));
         }
     }
@@ -170,12 +179,17 @@ impl Waiters {
     }
 }
 
-fn answer_wake(reply: Reply<Woken>, gate: &Gate, now_unix_ms: u64, report: Option<&Arc<WakeReport>>) {
+fn answer_wake(
+    (source, reply): (ActivitySource, Reply<Woken>),
+    gate: &Gate,
+    now_unix_ms: u64,
+    report: Option<&Arc<WakeReport>>,
+) {
     // Whoever gave up takes no pass.
     if reply.is_closed() {
         return;
     }
-    let Some(pass) = gate.enter(now_unix_ms) else {
+    let Some(pass) = gate.enter(source, now_unix_ms) else {
         let error = MachineError::new(ErrorCode::ResumeFailed, "the machine stopped as soon as it ran");
         let _ = reply.send(Err(error));
         return;
@@ -204,7 +218,7 @@ impl Driver {
                 let _ = reply.send(Err(self.refusal("wake", denied)));
             }
             Ok((state, _)) => {
-                self.waiters.wakes.push((order.need, reply));
+                self.waiters.wakes.push((order.need, order.source(), reply));
                 if let Some(patience) = &self.patience {
                     patience.prolong(order.patience.unwrap_or(self.shared.settings.wake_timeout));
                 }
@@ -343,12 +357,12 @@ impl Driver {
     fn answer_committed(&mut self) {
         let now_unix_ms = self.shared.clock.now_unix_ms();
         let uncommitted = self.uncommitted.is_some();
-        for (_, reply) in std::mem::take(&mut self.waiters.wakes) {
+        for (_, source, reply) in std::mem::take(&mut self.waiters.wakes) {
             if uncommitted {
                 let message = "the machine runs, but its execution could not be committed";
                 let _ = reply.send(Err(MachineError::new(ErrorCode::Internal, message)));
             } else {
-                answer_wake(reply, &self.gate, now_unix_ms, self.report.as_ref());
+                answer_wake((source, reply), &self.gate, now_unix_ms, self.report.as_ref());
             }
         }
     }

@@ -254,6 +254,7 @@ impl Fleet {
             name: body.name.clone(),
             lease: body.lease,
             wake: body.wake.unwrap_or(default),
+            activity: body.activity.unwrap_or_default(),
             retention_seconds: body.retention_seconds,
             services: body.services.clone(),
             metadata: body.metadata.clone(),

@@ -1,13 +1,39 @@
-//! Whether somebody may come in, and the SSH gateway's door.
+//! Who comes in: payload, connections, whether somebody may, and the SSH gateway's door.
 
 use super::super::error::MachineError;
+use super::super::gate::Pass;
+use super::super::lines::OpenLine;
 use super::super::state::State;
 use super::{Fleet, WakeSource};
 use crate::ssh::Door;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use torpor_api::activity::ActivitySource;
 use torpor_api::{ErrorCode, MachineId};
 
 impl Fleet {
+    /// The way into a machine that runs, for payload of the proxy.
+    #[must_use]
+    pub fn enter(&self, id: &MachineId) -> Option<Pass> {
+        let gate = self.shared.registry.find(id)?.gate;
+        gate.enter(ActivitySource::Proxy, self.now_unix_ms())
+    }
+
+    /// Likewise, without counting as activity.
+    #[must_use]
+    pub fn enter_quietly(&self, id: &MachineId) -> Option<Pass> {
+        self.shared.registry.find(id)?.gate.enter_quietly()
+    }
+
+    /// Enter a connection that may outlast pauses of the machine.
+    #[must_use]
+    pub fn open_line(&self, id: &MachineId, socket: OwnedFd) -> OpenLine {
+        let (hypervisor, machine) = (Arc::clone(&self.shared.hypervisor), id.clone());
+        self.shared
+            .lines
+            .open(id, socket, move || hypervisor.unpark(&machine))
+    }
+
     /// Whether this traffic may reach the machine as it is now: awake, or with its wake switch on. Wakes nothing.
     ///
     /// # Errors

@@ -194,6 +194,7 @@ fn body_of(source: &MachineRow, wanted: &ForkMachine) -> CreateMachine {
     CreateMachine {
         lease: wanted.lease.or(source.lease),
         wake: Some(wanted.wake.unwrap_or(wake)),
+        activity: Some(source.activity),
         retention_seconds: source.retention_seconds,
         services: services.collect(),
         metadata: wanted.metadata.clone().unwrap_or_else(|| source.metadata.clone()),

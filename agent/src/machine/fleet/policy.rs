@@ -1,10 +1,12 @@
 //! What belongs to a machine and not to an execution: lease, wake switches, services.
 
 use super::super::error::MachineError;
+use super::super::usage;
 use super::Fleet;
 use crate::store::{MachineRow, ServiceRoute, ServiceRow, StoreError};
 use serde_json::json;
 use std::collections::BTreeMap;
+use torpor_api::activity::{ActivityPolicy, ActivitySign, ActivitySource, PatchActivity};
 use torpor_api::http::{PatchService, PatchWake, ServiceSpec, WakePolicy};
 use torpor_api::{ErrorCode, LeaseAction, LeasePolicy, MachineId};
 
@@ -97,6 +99,47 @@ impl Fleet {
             .patch_wake(id.clone(), patch, event, rule.check())
             .await?;
         Ok(())
+    }
+
+    /// Change what counts as use of the machine.
+    ///
+    /// # Errors
+    /// The machine is gone, or the store refuses.
+    pub async fn patch_activity(
+        &self,
+        id: &MachineId,
+        patch: PatchActivity,
+    ) -> Result<ActivityPolicy, MachineError> {
+        let event = self.event(id, "machine.activity_set", "api", json!({ "activity": patch }));
+        Ok(self.shared.store.patch_activity(id.clone(), patch, event).await?)
+    }
+
+    /// When each source of activity was seen in this run, the last one first.
+    #[must_use]
+    pub fn activity_of(&self, id: &MachineId, policy: &ActivityPolicy) -> Vec<ActivitySign> {
+        let Some(handle) = self.shared.registry.find(id) else {
+            return Vec::new();
+        };
+        let now = self.now_unix_ms();
+        let seen = |source| match handle.gate.last_seen_unix_ms(source) {
+            0 => None,
+            at_unix_ms => Some(ActivitySign {
+                source,
+                counts: policy.counts(source),
+                ago_ms: now.saturating_sub(at_unix_ms),
+            }),
+        };
+        let mut signs: Vec<ActivitySign> = ActivitySource::ALL.into_iter().filter_map(seen).collect();
+        signs.sort_by_key(|sign| sign.ago_ms);
+        signs
+    }
+
+    /// What is left of the machine's least time awake.
+    #[must_use]
+    pub fn min_awake_remaining_ms(&self, id: &MachineId, policy: &ActivityPolicy) -> Option<u64> {
+        let until = usage::awake_until(self, id, policy);
+        let left_ms = until.saturating_sub(self.now_unix_ms());
+        (left_ms > 0).then_some(left_ms)
     }
 
     /// Replace the machine's metadata.

@@ -110,6 +110,7 @@ impl Fleet {
             status,
             lease: self.show_lease(&row, handle, awake),
             retention: self.show_retention(&row, status),
+            activity: row.activity,
             execution_id: row.execution.filter(|_| awake),
             last_execution_id: row.last_execution,
             last_error: live.and_then(|live| live.last_error).or(row.last_error),
@@ -153,7 +154,7 @@ impl Fleet {
             .map_or(0, |handle| {
                 handle
                     .gate
-                    .last_entered_unix_ms()
+                    .last_used_unix_ms(&row.activity)
                     .saturating_add(policy.seconds.saturating_mul(1000))
             });
         let deadline_unix_ms = row

@@ -4,6 +4,7 @@ use super::super::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorE
 use super::guest::{RealAgent, SimulatedGuest};
 use super::{Memory, Point, SavedImage, SimulatedHost};
 use crate::guest_client::GuestClient;
+use crate::machine::usage::RunUsage;
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::net::TcpStream;
@@ -18,6 +19,7 @@ struct Inner {
     persisted: Option<PersistStats>,
     wrote_disk: bool,
     n_first_bytes: u64,
+    usage: RunUsage,
 }
 
 /// A simulated execution. Its guest runs `count` (adds one to a number in memory), `write` (adds one to a number on
@@ -44,6 +46,7 @@ impl SimulatedExecution {
             persisted: None,
             wrote_disk: false,
             n_first_bytes: 0,
+            usage: RunUsage::default(),
         };
         Arc::new(Self {
             id,
@@ -71,6 +74,11 @@ impl SimulatedExecution {
     #[must_use]
     pub fn n_first_bytes(&self) -> u64 {
         self.lock().n_first_bytes
+    }
+
+    /// What the run is said to have used.
+    pub fn set_usage(&self, usage: RunUsage) {
+        self.lock().usage = usage;
     }
 
     /// The guest or the VMM ends.
@@ -285,6 +293,10 @@ impl Execution for SimulatedExecution {
 
     fn first_byte(&self) {
         self.lock().n_first_bytes += 1;
+    }
+
+    async fn usage(&self) -> RunUsage {
+        self.lock().usage
     }
 
     async fn status(&self) -> Result<VmmStatus, HypervisorError> {

@@ -107,6 +107,7 @@ async fn a_machine_that_was_being_created_is_rolled_back() {
         disk_mib: 512,
     };
     let new = NewMachine {
+        activity: torpor_api::activity::ActivityPolicy::default(),
         retention_seconds: None,
         spec,
         name: None,

@@ -1,0 +1,1 @@
+ALTER TABLE machines ADD COLUMN activity TEXT NOT NULL DEFAULT '{}';
