@@ -10,6 +10,7 @@ import urllib.parse
 
 SOCKET = "/run/torpor/api.sock"
 STATE_DIR = pathlib.Path("/var/lib/torpor")
+RUN_DIR = pathlib.Path("/run/torpor")
 GUEST_DIR = pathlib.Path(__file__).parent / "guest"
 SERVICE_PORT = 8080
 
@@ -80,6 +81,9 @@ class Machine:
 
     def pause(self):
         return call("POST", f"/v1/machines/{self.id}/pause")
+
+    def snapshot(self, **body):
+        return call("POST", f"/v1/machines/{self.id}/snapshots", body)
 
     def resume(self, **body):
         return call("POST", f"/v1/machines/{self.id}/resume", body or None)

@@ -212,7 +212,7 @@ impl Execution for WithGuest {
     fn guest(&self) -> GuestClient {
         self.client.clone()
     }
-    fn first_byte(&self) {}
+    async fn first_byte(&self) {}
     async fn usage(&self) -> RunUsage {
         self.execution.usage().await
     }

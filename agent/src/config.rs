@@ -155,6 +155,8 @@ pub struct LimitsConfig {
     pub max_running: u16,
     /// Most sleeping machines to which clients keep connections open; past it the oldest loses them.
     pub max_parked: u16,
+    /// Blank VMMs kept ready for each of the shapes used last; a wake that finds none waits until one is made.
+    pub blank_vmms: u8,
     /// Largest console log of a machine in KiB.
     pub console_limit_kib: u64,
 }
@@ -221,6 +223,7 @@ impl Default for LimitsConfig {
             pause_idle_after_s: None,
             max_running: 256,
             max_parked: 256,
+            blank_vmms: 2,
             console_limit_kib: 1024,
         }
     }
@@ -309,6 +312,7 @@ impl Config {
             console_limit_bytes: self.limits.console_limit_kib.saturating_mul(1024),
             max_slots: self.limits.max_running,
             max_parked: self.limits.max_parked,
+            blank_vmms: self.limits.blank_vmms,
         }
     }
 

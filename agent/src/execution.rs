@@ -101,7 +101,11 @@ impl Platform {
     /// See [`PlatformError`].
     pub async fn start(config: PlatformConfig) -> Result<Arc<Self>, PlatformError> {
         let net = NetConfig::for_host(config.max_slots.saturating_add(config.max_parked));
-        Self::start_with(config, net, BlankConfig::default()).await
+        let blanks = BlankConfig {
+            per_shape: config.blank_vmms.into(),
+            ..BlankConfig::default()
+        };
+        Self::start_with(config, net, blanks).await
     }
 
     /// Likewise, with a network and a pool of blank VMMs other than the usual.

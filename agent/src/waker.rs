@@ -13,7 +13,7 @@ use crate::machine::driver::{WakeReport, Woken};
 use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
 use crate::machine::gate::Epoch;
-use crate::machine::hypervisor::ConnectError;
+use crate::machine::hypervisor::{ConnectError, VmmStatus};
 use crate::store::ServiceRoute;
 use async_trait::async_trait;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -188,9 +188,16 @@ fn report_first_byte(
     stages: serde_json::Map<String, serde_json::Value>,
 ) -> FirstByteHook {
     Box::new(move |since_accepted| {
-        epoch.execution.first_byte();
         tokio::spawn(async move {
-            let detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
+            epoch.execution.first_byte().await;
+            let mut detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
+            if let Ok(VmmStatus { counters, .. }) = epoch.execution.status().await {
+                detail["pages"] = json!({
+                    "ahead": counters.pages_filled,
+                    "mapped_faults": counters.mapped_faults_first_byte,
+                    "uffd_faults": counters.uffd_faults_first_byte,
+                });
+            }
             fleet
                 .record_first_byte(&machine, epoch.execution.id(), detail)
                 .await;

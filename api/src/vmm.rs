@@ -249,7 +249,10 @@ pub struct Counters {
     pub uffd_faults: u64,
     /// userfaultfd faults served up to the first response byte.
     pub uffd_faults_first_byte: u64,
-    /// Pages copied in for them and by prefetch.
+    /// Pages of the mapped image that were not in the page table when the guest wanted them, up to the first
+    /// response byte.
+    pub mapped_faults_first_byte: u64,
+    /// Pages copied or mapped, for faults and ahead of them.
     pub pages_filled: u64,
     /// Bytes to the guest over the network.
     pub net_rx_bytes: u64,

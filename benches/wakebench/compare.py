@@ -34,6 +34,7 @@ def print_summary(samples):
         for (system, cache), values in sorted(groups(samples, kind, field).items()):
             print(f"{kind:<12}{field:<15}{system:<25}{cache:<6}{len(values):>4}{statistics.median(values):>14.2f}"
                   f"{percentile(values, .95):>14.2f}{max(values):>14.2f}")
+    print_lasting(samples)
     for field in ("overhead_ms", "freeze_ms"):
         kind = "wake" if field == "overhead_ms" else "pause"
         found = groups(samples, kind, field)
@@ -42,6 +43,25 @@ def print_summary(samples):
             if system != "torpor" and ours:
                 ratio = statistics.median(values) / max(statistics.median(ours), 1e-6)
                 print(f"{field}, {cache}: Torpor is {ratio:.1f}x below {system}")
+
+
+# Cycles at either end that are compared. The first is left out: it has no working set.
+ENDS = 10
+
+
+def print_lasting(samples):
+    """What the last cycles cost against the first ones, and what many clones hold against one."""
+    cycles = [sample for sample in samples if sample.get("kind") == "cycle"]
+    for field in (name for name in cycles[0] if name not in ("kind", "system", "cycle")) if cycles else ():
+        first = statistics.median(sample[field] for sample in cycles[1:ENDS + 1])
+        last = statistics.median(sample[field] for sample in cycles[-ENDS:])
+        print(f"cycles 2-{ENDS + 1} against the last {ENDS} of {len(cycles)}: {field} {first:.1f} -> {last:.1f}")
+    clones = [sample for sample in samples if sample.get("kind") == "clones"]
+    if clones:
+        one, many = clones[0], clones[-1]
+        for field in ("pss_kib", "rss_kib", "private_kib"):
+            print(f"{many['clones']} awake clones against one: {field} {one[field]} -> {many[field]} "
+                  f"({many[field] / one[field]:.1f}x)")
 
 
 def print_ratios(old_path, new_path):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from wakebench import lasting
 from wakebench.firecracker_side import FirecrackerSide
 from wakebench.guests import GUESTS
 from wakebench.torpor_side import TorporSide
@@ -60,6 +61,10 @@ def measure(options):
             side.close()
     for count in options.burst:
         burst(recorder, guest, count)
+    if options.cycles:
+        lasting.cycles(recorder, guest, options.cycles)
+    if options.clones:
+        lasting.clones(recorder, guest, options.clones)
     return recorder.samples
 
 

@@ -26,15 +26,22 @@ class TorporSide:
     """One machine that is paused and woken again and again."""
     name = "torpor"
 
-    def __init__(self, guest):
+    def __init__(self, guest, snapshot=None):
         self.guest, self.cycle = guest, 0
         kind = "http" if guest.answer.startswith(b"HTTP") else "tcp"
-        self.machine = torpor.Machine(mem_mib=guest.mem_mib, services=[{"port": guest.port, "kind": kind}])
-        if guest.prepare:
-            self.machine.sh(guest.prepare, timeout_ms=600_000)
-        self.machine.exec("sh", "-c", guest.command, background=True, timeout_ms=None)
+        services = [{"port": guest.port, "kind": kind}]
+        if snapshot:
+            self.machine = torpor.Machine(snapshot=snapshot, services=services)
+        else:
+            self.machine = torpor.Machine(mem_mib=guest.mem_mib, services=services)
+            self._start_server()
         self.address = ("127.0.0.1", self.machine.service(guest.port)["listen_port"])
         torpor.wait_for(self._answers, "the guest's server answers", 300)
+
+    def _start_server(self):
+        if self.guest.prepare:
+            self.machine.sh(self.guest.prepare, timeout_ms=600_000)
+        self.machine.exec("sh", "-c", self.guest.command, background=True, timeout_ms=None)
 
     def _answers(self):
         try:

@@ -11,7 +11,7 @@ mod working_set;
 
 pub use file::{ImageFile, PageError, PageSource, is_zero};
 pub use header::{Header, HeaderError, HostSignature, ImageLayout};
-pub use working_set::{Extent, decode_working_set, encode_working_set, mark_written, merge_working_set};
+pub use working_set::{Extent, bounded, decode_working_set, encode_working_set, with_probation};
 
 use std::fs::File;
 use std::io;

@@ -13,13 +13,14 @@
 
 pub mod lazy;
 pub mod prefetch;
+mod recording;
 mod source;
 
 pub use source::Backing;
 
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
 use crate::sys::kvm::SlotMapping;
-use crate::sys::pagemap::Pagemap;
+use crate::sys::pagemap::{Pagemap, Present};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -281,7 +282,19 @@ impl Ram {
     /// # Errors
     /// The page map can't be read.
     pub fn own_pages(&self) -> io::Result<Vec<Range<u64>>> {
-        self.pagemap.own(self.base as u64, self.len as u64)
+        let present = self.present_pages()?.into_iter();
+        Ok(present
+            .filter(|found| found.own)
+            .map(|found| found.pages)
+            .collect())
+    }
+
+    /// Ranges of pages that are present, in order: the guest's own, and those of a mapped image that were touched.
+    ///
+    /// # Errors
+    /// The page map can't be read.
+    pub fn present_pages(&self) -> io::Result<Vec<Present>> {
+        self.pagemap.present(self.base as u64, self.len as u64)
     }
 
     /// Map pages of a file privately under pages of RAM that nobody has touched or can touch meanwhile.

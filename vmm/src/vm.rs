@@ -22,8 +22,9 @@ pub use restore::RestoreRequest;
 use crate::arch::{self, VcpuState, VmState};
 use crate::devices::{DeviceSet, DevicesState};
 use crate::image::persist::{Contents, Persist, PersistError};
-use crate::image::{Extent, HostSignature, ImageFile, ImageLayout, merge_working_set};
+use crate::image::{Extent, HostSignature, ImageFile, ImageLayout};
 use crate::layout::PAGE_SIZE;
+use crate::memory::lazy::FillCounts;
 use crate::memory::{Backing, Ram};
 use crate::pm1::Pm1;
 use crate::vcpu::Vcpu;
@@ -95,8 +96,8 @@ pub struct Vm {
     baseline: Option<Arc<ImageFile>>,
     /// The file that untouched pages are in.
     restored_from: Option<Arc<ImageFile>>,
-    previous_working_set: Vec<Extent>,
-    touched: Vec<Extent>,
+    /// What the wake of this process needed up to its first response byte.
+    working_set: Vec<Extent>,
     /// Held by the thread that writes an image.
     writing: Arc<Mutex<()>>,
     n_jobs: u64,
@@ -131,15 +132,16 @@ impl Vm {
     /// Counters of this execution.
     #[must_use]
     pub fn counters(&self) -> Counters {
-        let (uffd_faults, uffd_faults_first_byte, pages_filled) = match &self.backing {
-            Backing::Anonymous => (0, 0, 0),
+        let filled = match &self.backing {
+            Backing::Anonymous => FillCounts::default(),
             Backing::Lazy(lazy) => lazy.counts(),
         };
         let devices = self.read_devices().counters();
         Counters {
-            uffd_faults,
-            uffd_faults_first_byte,
-            pages_filled,
+            uffd_faults: filled.faults,
+            uffd_faults_first_byte: filled.faults_first_byte,
+            mapped_faults_first_byte: filled.mapped_faults_first_byte,
+            pages_filled: filled.pages,
             net_rx_bytes: devices.net_rx_bytes,
             net_tx_bytes: devices.net_tx_bytes,
             disk_read_bytes: devices.disk_read_bytes,
@@ -239,9 +241,7 @@ impl Vm {
     pub fn persist(&mut self, target: File, generation: u64) -> Result<(), VmError> {
         self.expect(matches!(self.phase, Phase::Frozen), "persist")?;
         let (vmstate, disk_generation) = self.frozen.clone().ok_or(VmError::NothingFrozen)?;
-        if let Backing::Lazy(lazy) = &self.backing {
-            self.touched.extend(lazy.take_recorded());
-        }
+        self.record_working_set(false);
         let in_place = self.in_place(&target)?;
         let fresh = in_place.is_none();
         let baseline = match in_place {
@@ -263,7 +263,7 @@ impl Vm {
                 disk_generation,
                 n_vcpus: self.shape.vcpus,
                 vmstate,
-                working_set: merge_working_set(&self.previous_working_set, &self.touched, generation),
+                working_set: self.working_set.clone(),
                 host: self.host.clone(),
             },
             cancel: Arc::clone(&cancel),
@@ -321,8 +321,20 @@ impl Vm {
 
     /// The first response byte left.
     pub fn first_byte(&mut self) {
-        if let Backing::Lazy(lazy) = &self.backing {
-            self.touched.extend(lazy.first_byte());
+        self.record_working_set(true);
+    }
+
+    /// Best effort: without a set the next wake is slower. What a run touched that answered nobody may be far more
+    /// than a wake needs.
+    fn record_working_set(&mut self, has_answered: bool) {
+        let Backing::Lazy(lazy) = &self.backing else {
+            return;
+        };
+        match lazy.take_working_set() {
+            Ok(Some(set)) if has_answered => self.working_set = set,
+            Ok(Some(set)) => self.working_set = set.into_iter().map(Extent::doubted).collect(),
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "working set not recorded"),
         }
     }
 

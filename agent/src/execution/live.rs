@@ -422,13 +422,10 @@ impl Execution for VmmExecution {
         self.guest.clone()
     }
 
-    fn first_byte(&self) {
-        let client = self.client.clone();
-        tokio::spawn(async move {
-            if let Err(error) = client.first_byte().await {
-                tracing::debug!(error = super::chain(&error), "VMM was not told of the first byte");
-            }
-        });
+    async fn first_byte(&self) {
+        if let Err(error) = self.client.first_byte().await {
+            tracing::debug!(error = super::chain(&error), "VMM was not told of the first byte");
+        }
     }
 
     async fn usage(&self) -> RunUsage {

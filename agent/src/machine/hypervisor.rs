@@ -317,8 +317,8 @@ pub trait Execution: Send + Sync + 'static {
     /// The way to the agent inside the guest.
     fn guest(&self) -> GuestClient;
 
-    /// The first response byte left: the working set is complete. Fire and forget.
-    fn first_byte(&self);
+    /// The first response byte left: the working set is complete. Best effort.
+    async fn first_byte(&self);
 
     /// What the run has used so far.
     async fn usage(&self) -> RunUsage;
@@ -352,4 +352,6 @@ pub struct PlatformConfig {
     pub max_slots: u16,
     /// Most machines whose network is kept while they sleep, because clients have connections open.
     pub max_parked: u16,
+    /// Blank VMMs kept ready for each shape in recent use.
+    pub blank_vmms: u8,
 }

@@ -35,6 +35,7 @@ impl Host {
             boot_timeout: Duration::from_secs(if mode == "silent_guest" { 1 } else { 30 }),
             console_limit_bytes: 1 << 20,
             max_parked: 4,
+            blank_vmms: 1,
             max_slots: self.max_slots,
         };
         let net = NetConfig {

@@ -97,7 +97,7 @@ fn a_machine_boots_runs_commands_sleeps_and_wakes_as_a_new_execution() {
         assert!(stages.vmm_ready_us <= stages.restored_us && stages.restored_us <= stages.resynced_us);
         assert_eq!(stages.vmm.running_us, 3);
         assert_eq!(awake.status().await.unwrap().state, VmmState::Running);
-        awake.first_byte();
+        awake.first_byte().await;
         sleep_as(&*awake, 2).await;
         awake.quit().await;
         assert_eq!(

@@ -65,6 +65,7 @@ while True:
             boot_timeout: Duration::from_secs(180),
             console_limit_bytes: 1 << 20,
             max_parked: 4,
+            blank_vmms: 1,
             max_slots: 8,
         };
         let net = NetConfig {
@@ -179,7 +180,7 @@ while True:
             .unwrap();
         println!("wake: {stages:?}");
         assert_eq!(count(&*execution).await, "2");
-        execution.first_byte();
+        execution.first_byte().await;
         assert_clock_is_right(&*execution).await;
         assert_eq!(run(&*execution, &["cat", "/root/file"], false).await, "kept\n");
         execution.freeze().await.unwrap();

@@ -17,7 +17,7 @@ use self::room::Room;
 
 use super::file::page_checksum;
 use super::{Extent, Header, HeaderError, HostSignature, ImageFile, ImageLayout, PageError, PageSource};
-use super::{VMSTATE_CAPACITY, encode_working_set, mark_written};
+use super::{VMSTATE_CAPACITY, encode_working_set};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::memory::Ram;
 use crate::pages::pieces;
@@ -177,9 +177,7 @@ impl Persist {
     /// Give up the old image and write the new one; how many bytes.
     fn replace(&self, layout: ImageLayout, plan: &Plan, flush_disk: FlushDisk) -> Result<u64, PersistError> {
         check_cancel(&self.cancel)?;
-        let n_pages = self.ram.layout().n_pages();
-        let marked = mark_written(&self.contents.working_set, n_pages, |page| plan.is_changed(page));
-        let working_set = encode_working_set(&marked);
+        let working_set = encode_working_set(&self.contents.working_set);
         let mut header = self.header(&working_set)?;
         self.write_header(&header)?;
         self.target.sync_data().map_err(failed("clear the valid flag"))?;

@@ -1,21 +1,25 @@
 //! The working set: which pages a wake needed up to its first response byte.
 //!
 //! On disk: number of extents and CRC32C of them, both `u32`, then extents of first page and number of pages,
-//! `u32` each, in order of the first touch. The top bit of the number says that pages of the extent were written.
+//! `u32` each. The top bit of the number says that pages of the extent were written, the next one that nobody saw
+//! whether they are needed.
 
 use super::WORKING_SET_CAPACITY;
+use crate::layout::PAGE_BYTES;
 use crate::pages::runs_by;
-use std::collections::HashSet;
 use std::ops::Range;
 
 /// Most bytes of guest memory in a working set.
 pub const MAX_BYTES: u64 = 64 << 20;
 const HEADER_LEN: usize = 8;
 const EXTENT_LEN: usize = 8;
-/// One part in so many of the previous set is left out of the next: it comes back with one fault if it is still
-/// needed, and is gone if not. So a set forgets what is no longer touched.
-const FORGET_ONE_IN: u64 = 64;
+/// One in so many windows of a set is made tentative for a wake, so that a set forgets what is no longer touched.
+const PROBATION_ONE_IN: u64 = 128;
+/// Pages of a window that goes on probation.
+const PROBATION_PAGES: u64 = 8;
 const WRITTEN: u32 = 1 << 31;
+const TENTATIVE: u32 = 1 << 30;
+const FLAGS: u32 = WRITTEN | TENTATIVE;
 
 /// Pages that follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -23,6 +27,7 @@ pub struct Extent {
     first: u32,
     n_pages: u32,
     written: bool,
+    tentative: bool,
 }
 
 impl Extent {
@@ -31,10 +36,11 @@ impl Extent {
     pub fn new(pages: Range<u64>) -> Option<Self> {
         let first = u32::try_from(pages.start).ok()?;
         let n_pages = u32::try_from(pages.end.checked_sub(pages.start)?).ok()?;
-        (1..WRITTEN).contains(&n_pages).then_some(Self {
+        (1..TENTATIVE).contains(&n_pages).then_some(Self {
             first,
             n_pages,
             written: false,
+            tentative: false,
         })
     }
 
@@ -50,6 +56,24 @@ impl Extent {
         self.written
     }
 
+    /// The same pages, of which nobody saw whether a wake needs them, or somebody did.
+    #[must_use]
+    pub fn with_tentative(self, tentative: bool) -> Self {
+        Self { tentative, ..self }
+    }
+
+    /// Whether nobody saw that a wake needs them: they are kept at hand, and whether the guest takes them is recorded.
+    #[must_use]
+    pub fn is_tentative(&self) -> bool {
+        self.tentative
+    }
+
+    /// The same pages, with nothing known about them.
+    #[must_use]
+    pub fn doubted(self) -> Self {
+        self.with_written(false).with_tentative(true)
+    }
+
     /// Its pages, cut to a RAM of `limit` pages.
     #[must_use]
     pub fn pages(&self, limit: u64) -> Range<u64> {
@@ -58,41 +82,33 @@ impl Extent {
     }
 }
 
-/// The set for the next wake: what was touched in this run, then what the last set had, but for a rotating part.
+/// The set for one wake: a part of it, another one for every generation, is tentative.
 #[must_use]
-pub fn merge_working_set(previous: &[Extent], touched: &[Extent], generation: u64) -> Vec<Extent> {
-    let mut seen = HashSet::new();
-    let mut n_pages = 0;
-    let kept = previous
-        .iter()
-        .zip(0u64..)
-        .filter(|(_, index)| index % FORGET_ONE_IN != generation % FORGET_ONE_IN);
-    let all = touched.iter().chain(kept.map(|(extent, _)| extent));
+pub fn with_probation(set: &[Extent], generation: u64) -> Vec<Extent> {
+    let on_probation = |page: u64| page / PROBATION_PAGES % PROBATION_ONE_IN == generation % PROBATION_ONE_IN;
+    let mut cut = Vec::with_capacity(set.len());
+    for extent in set {
+        for (run, tentative) in runs_by(extent.pages(u64::MAX), on_probation) {
+            let part = Extent::new(run).map(|part| part.with_written(extent.written));
+            cut.extend(part.map(|part| part.with_tentative(extent.tentative || tentative)));
+        }
+    }
+    cut
+}
+
+/// As much of the set as an image takes.
+#[must_use]
+pub fn bounded(set: Vec<Extent>) -> Vec<Extent> {
     let most = usize::try_from(WORKING_SET_CAPACITY)
         .unwrap_or(0)
         .saturating_sub(HEADER_LEN)
         / EXTENT_LEN;
-    all.filter(|extent| seen.insert((extent.first, extent.n_pages)))
-        .take_while(|extent| {
-            n_pages += u64::from(extent.n_pages);
-            n_pages * crate::layout::PAGE_BYTES <= MAX_BYTES
-        })
-        .take(most)
-        .copied()
-        .collect()
-}
-
-/// The same pages, cut into extents that were written and extents that were not: the next wake copies the former
-/// ahead of the guest's write to them.
-#[must_use]
-pub fn mark_written(extents: &[Extent], n_pages: u64, is_written: impl Fn(u64) -> bool) -> Vec<Extent> {
-    let mut marked = Vec::with_capacity(extents.len());
-    for extent in extents {
-        for (run, written) in runs_by(extent.pages(n_pages), &is_written) {
-            marked.extend(Extent::new(run).map(|part| part.with_written(written)));
-        }
-    }
-    marked
+    let mut n_pages = 0;
+    let within = |extent: &Extent| {
+        n_pages += u64::from(extent.n_pages);
+        n_pages * PAGE_BYTES <= MAX_BYTES
+    };
+    set.into_iter().take_while(within).take(most).collect()
 }
 
 /// As on disk.
@@ -101,8 +117,9 @@ pub fn encode_working_set(extents: &[Extent]) -> Vec<u8> {
     let mut body = Vec::with_capacity(extents.len() * EXTENT_LEN);
     for extent in extents {
         body.extend(extent.first.to_le_bytes());
-        let flag = if extent.written { WRITTEN } else { 0 };
-        body.extend((extent.n_pages | flag).to_le_bytes());
+        let written = if extent.written { WRITTEN } else { 0 };
+        let tentative = if extent.tentative { TENTATIVE } else { 0 };
+        body.extend((extent.n_pages | written | tentative).to_le_bytes());
     }
     let mut bytes = u32::try_from(extents.len()).unwrap_or(0).to_le_bytes().to_vec();
     bytes.extend(crc32c::crc32c(&body).to_le_bytes());
@@ -126,9 +143,10 @@ pub fn decode_working_set(bytes: &[u8], n_pages: u64) -> Option<Vec<Extent>> {
             let (first, count) = chunk.split_first_chunk::<4>()?;
             let first = u64::from(u32::from_le_bytes(*first));
             let count = u32::from_le_bytes(count.try_into().ok()?);
-            let end = first + u64::from(count & !WRITTEN);
+            let end = first + u64::from(count & !FLAGS);
             let extent = (end <= n_pages).then(|| Extent::new(first..end)).flatten()?;
-            Some(extent.with_written(count & WRITTEN != 0))
+            let extent = extent.with_written(count & WRITTEN != 0);
+            Some(extent.with_tentative(count & TENTATIVE != 0))
         })
         .collect()
 }
@@ -146,6 +164,7 @@ mod tests {
     fn a_set_survives_the_disk_and_a_damaged_one_does_not() {
         let mut set = extents(10);
         set[3] = set[3].with_written(true);
+        set[4] = set[4].with_tentative(true);
         let bytes = encode_working_set(&set);
         assert_eq!(decode_working_set(&bytes, 160).unwrap(), set);
         assert_eq!(decode_working_set(&bytes, 159), None);
@@ -157,29 +176,31 @@ mod tests {
     }
 
     #[test]
-    fn what_is_never_touched_again_is_forgotten_and_what_is_touched_stays() {
-        let mut set = extents(64);
-        let touched = [Extent::new(3 * 16..4 * 16).unwrap()];
-        for generation in 0..4096 {
-            set = merge_working_set(&set, &touched, generation);
+    fn every_page_is_on_probation_once_in_a_while_and_no_page_gets_lost() {
+        let set = [Extent::new(3..2000).unwrap().with_written(true)];
+        let mut n_times = vec![0; 2000];
+        for generation in 0..PROBATION_ONE_IN {
+            let cut = with_probation(&set, generation);
+            assert!(cut.iter().all(Extent::is_written));
+            assert_eq!(cut.iter().flat_map(|part| part.pages(u64::MAX)).count(), 1997);
+            for page in cut
+                .iter()
+                .filter(|part| part.is_tentative())
+                .flat_map(|part| part.pages(u64::MAX))
+            {
+                n_times[usize::try_from(page).unwrap()] += 1;
+            }
         }
-        assert_eq!(set, touched);
-    }
-
-    #[test]
-    fn marking_cuts_extents_where_written_begins_and_ends() {
-        let extents = [Extent::new(4..8).unwrap(), Extent::new(0..4).unwrap()];
-        let marked = mark_written(&extents, 6, |page| (3..6).contains(&page));
-        let expected = [(4..6, true), (0..3, false), (3..4, true)]
-            .map(|(pages, written)| Extent::new(pages).unwrap().with_written(written));
-        assert_eq!(marked, expected);
+        assert!(n_times[3..].iter().all(|n| *n == 1));
+        let tentative = [Extent::new(0..4).unwrap().with_tentative(true)];
+        assert_eq!(with_probation(&tentative, 5), tentative);
     }
 
     #[test]
     fn a_set_is_bounded_in_bytes() {
-        let set = merge_working_set(&extents(100_000), &[], 1);
+        let set = bounded(extents(100_000));
         let n_pages: u64 = set.iter().map(|e| u64::from(e.n_pages)).sum();
-        assert!(n_pages * 4096 <= MAX_BYTES && n_pages * 4096 > MAX_BYTES - (64 << 10));
+        assert!(n_pages * PAGE_BYTES <= MAX_BYTES && n_pages * PAGE_BYTES > MAX_BYTES - (64 << 10));
     }
 
     proptest! {

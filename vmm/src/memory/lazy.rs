@@ -9,11 +9,11 @@
 //! fill by a lock. So a page that was given back can't come back from the image, and no discard waits for this
 //! thread.
 //!
-//! The working set is what is recorded here: the windows filled by faults, in order, until the first response
-//! byte left.
+//! The windows filled by faults until the first response byte left are recorded here, for the working set
+//! ([`super::recording`]).
 
 use super::{MemoryError, PageBitmap, Ram};
-use crate::image::{Extent, PageSource, is_zero};
+use crate::image::{PageSource, is_zero};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::runs_by;
 use crate::sys::process::as_fd;
@@ -22,7 +22,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -70,21 +70,36 @@ pub enum FillError {
 /// Called when a page can't be given to the guest.
 pub type FailureSink = Box<dyn Fn(FillError) + Send>;
 
-/// Faults and pages so far.
+/// How much was filled, and why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct FillCounts {
+    /// Faults served through userfaultfd.
+    pub faults: u64,
+    /// Those of them before the first response byte.
+    pub faults_first_byte: u64,
+    /// Pages of the mapped image that the kernel had to bring before the first response byte.
+    pub mapped_faults_first_byte: u64,
+    /// Pages filled or mapped.
+    pub pages: u64,
+}
+
 #[derive(Debug, Default)]
-pub struct FillCounters {
+struct FillCounters {
     faults: AtomicU64,
     faults_first_byte: AtomicU64,
+    mapped_faults_first_byte: AtomicU64,
     pages: AtomicU64,
 }
 
 #[derive(Debug)]
 pub(super) struct Shared {
     pub(super) ram: Arc<Ram>,
-    uffd: Uffd,
+    pub(super) uffd: Uffd,
     pub(super) source: Arc<dyn PageSource>,
     pub(super) filled: PageBitmap,
-    recorded: Mutex<Option<Vec<Extent>>>,
+    recorded: Mutex<Option<Vec<Range<u64>>>>,
+    /// Pages that were put in place before anybody touched them, in order.
+    pub(super) ahead: OnceLock<Vec<Range<u64>>>,
     counters: FillCounters,
 }
 
@@ -119,6 +134,7 @@ impl LazyMemory {
             uffd,
             source,
             recorded: Mutex::new(Some(Vec::new())),
+            ahead: OnceLock::new(),
             counters: FillCounters::default(),
         });
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MemoryError::Thread)?;
@@ -139,32 +155,16 @@ impl LazyMemory {
         })
     }
 
-    /// The first response byte left: what was filled up to here, which this returns, is the working set.
+    /// So far.
     #[must_use]
-    pub fn first_byte(&self) -> Vec<Extent> {
+    pub fn counts(&self) -> FillCounts {
         let counters = &self.shared.counters;
-        let faults = counters.faults.load(Ordering::Relaxed);
-        let _ = counters
-            .faults_first_byte
-            .compare_exchange(0, faults, Ordering::Relaxed, Ordering::Relaxed);
-        self.shared.stop_recording()
-    }
-
-    /// Windows filled by faults up to the first byte, in order of the first touch. Ends the recording.
-    #[must_use]
-    pub fn take_recorded(&self) -> Vec<Extent> {
-        self.shared.stop_recording()
-    }
-
-    /// Faults served, the same up to the first byte, and pages filled.
-    #[must_use]
-    pub fn counts(&self) -> (u64, u64, u64) {
-        let counters = &self.shared.counters;
-        (
-            counters.faults.load(Ordering::Relaxed),
-            counters.faults_first_byte.load(Ordering::Relaxed),
-            counters.pages.load(Ordering::Relaxed),
-        )
+        FillCounts {
+            faults: counters.faults.load(Ordering::Relaxed),
+            faults_first_byte: counters.faults_first_byte.load(Ordering::Relaxed),
+            mapped_faults_first_byte: counters.mapped_faults_first_byte.load(Ordering::Relaxed),
+            pages: counters.pages.load(Ordering::Relaxed),
+        }
     }
 }
 
@@ -221,7 +221,7 @@ impl Shared {
             })
     }
 
-    fn recorded(&self) -> MutexGuard<'_, Option<Vec<Extent>>> {
+    fn recorded(&self) -> MutexGuard<'_, Option<Vec<Range<u64>>>> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -230,13 +230,24 @@ impl Shared {
     }
 
     fn record(&self, window: &Range<u64>) {
-        if let Some(extents) = self.recorded().as_mut() {
-            extents.extend(Extent::new(window.clone()));
+        if let Some(windows) = self.recorded().as_mut() {
+            windows.push(window.clone());
         }
     }
 
-    fn stop_recording(&self) -> Vec<Extent> {
-        self.recorded().take().unwrap_or_default()
+    /// Windows filled by faults since the restore; from here on nothing is recorded, and the counts up to the first
+    /// byte stand. Nothing if that was done before.
+    pub(super) fn stop_recording(&self) -> Option<Vec<Range<u64>>> {
+        let windows = self.recorded().take()?;
+        let faults = self.counters.faults.load(Ordering::Relaxed);
+        self.counters.faults_first_byte.store(faults, Ordering::Relaxed);
+        Some(windows)
+    }
+
+    pub(super) fn note_mapped_faults(&self, n_pages: u64) {
+        self.counters
+            .mapped_faults_first_byte
+            .store(n_pages, Ordering::Relaxed);
     }
 
     pub(super) fn count_pages(&self, n_pages: u64) {

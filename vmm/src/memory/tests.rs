@@ -1,6 +1,6 @@
 //! Memory is tested in this process, without KVM: its own threads fault.
 
-use super::lazy::{FillError, LazyMemory};
+use super::lazy::{FillCounts, FillError, LazyMemory};
 use super::prefetch::Placement;
 use super::{GuestMemory, PageBitmap, Ram};
 use crate::image::{Extent, PageError, PageSource};
@@ -123,8 +123,12 @@ fn every_page_is_filled_with_its_own_content_when_touched() {
     for page in [5, 4, 0, 1000, 32_767, 17, 16] {
         assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
     }
-    let (faults, _, pages) = guest.lazy.counts();
-    assert_eq!((faults, pages), (5, 20), "one fault per window of 4");
+    let counts = guest.lazy.counts();
+    assert_eq!(
+        (counts.faults, counts.pages),
+        (5, 20),
+        "one fault per window of 4"
+    );
     // The window's other pages may still be on their way; the thread ends after them.
     drop(guest.lazy);
     let present = guest.ram.own_pages().unwrap();
@@ -137,12 +141,16 @@ fn every_page_is_filled_with_its_own_content_when_touched() {
 #[test]
 fn after_the_first_byte_more_is_filled_around_a_fault() {
     let guest = lazy(128, None);
-    let _ = guest.lazy.first_byte();
+    guest.lazy.take_working_set().unwrap();
     for page in [5, 4, 0, 15, 1000] {
         assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
     }
-    let (faults, _, pages) = guest.lazy.counts();
-    assert_eq!((faults, pages), (2, 32), "one fault per window of 16");
+    let counts = guest.lazy.counts();
+    assert_eq!(
+        (counts.faults, counts.pages),
+        (2, 32),
+        "one fault per window of 16"
+    );
 }
 
 #[test]
@@ -198,7 +206,11 @@ fn a_prefetched_working_set_raises_no_fault() {
     for page in (0..64).chain(5000..5300) {
         assert_eq!(number_at(&guest.memory, page), numbered(page));
     }
-    assert_eq!(guest.lazy.counts(), (0, 0, 364));
+    let expected = FillCounts {
+        pages: 364,
+        ..FillCounts::default()
+    };
+    assert_eq!(guest.lazy.counts(), expected);
 }
 
 #[test]
@@ -214,16 +226,15 @@ fn a_prefetch_of_a_broken_page_fails() {
 #[test]
 fn a_mapped_working_set_raises_no_fault_and_is_the_files_until_it_is_written() {
     let guest = mappable(128);
-    let extents: Vec<_> = [0..16, 48..64, 5000..5300]
+    let extents: Vec<_> = [0..16, 100..116, 5000..5300]
         .into_iter()
         .filter_map(Extent::new)
         .collect();
     assert_eq!(guest.lazy.prefetch(&extents, Placement::Mapped).unwrap(), 332);
-    guest.lazy.populate(&extents);
-    for page in (0..16).chain(48..64).chain(5000..5300) {
+    for page in (0..16).chain(100..116).chain(5000..5300) {
         assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
     }
-    assert_eq!(guest.lazy.counts(), (0, 0, 332));
+    assert_eq!((guest.lazy.counts().faults, guest.lazy.counts().pages), (0, 332));
     assert_eq!(guest.ram.own_pages().unwrap(), []);
 
     let address = GuestAddress(5001 * PAGE_BYTES);
@@ -239,7 +250,7 @@ fn a_mapped_working_set_raises_no_fault_and_is_the_files_until_it_is_written() {
     assert_eq!(u64::from_le_bytes(kept), 5001);
     // Between and behind the mapped pages a touch is a fault as ever.
     assert_eq!(number_at(&guest.memory, 17), 17);
-    assert_eq!(guest.lazy.counts().0, 1);
+    assert_eq!(guest.lazy.counts().faults, 1);
 }
 
 #[test]
@@ -289,17 +300,45 @@ fn a_mapped_page_that_was_given_back_is_zero_and_keeps_its_neighbours() {
     assert_eq!(seen, [0, 0, 0, 35]);
 }
 
+fn extent(pages: Range<u64>) -> Extent {
+    Extent::new(pages).unwrap()
+}
+
 #[test]
-fn the_working_set_is_what_was_touched_before_the_first_byte() {
+fn windows_filled_before_the_first_byte_are_tentative_in_the_next_set() {
     let guest = lazy(128, None);
     number_at(&guest.memory, 100);
     number_at(&guest.memory, 3);
-    let recorded = guest.lazy.first_byte();
+    let set = guest.lazy.take_working_set().unwrap().unwrap();
     number_at(&guest.memory, 5000);
-    let expected: Vec<_> = [100..104, 0..4].into_iter().filter_map(Extent::new).collect();
-    assert_eq!(recorded, expected);
-    assert!(guest.lazy.take_recorded().is_empty());
-    assert_eq!(guest.lazy.counts(), (3, 2, 24));
+    let expected = [0..4, 100..104].map(|pages| extent(pages).with_tentative(true));
+    assert_eq!(set, expected);
+    assert_eq!(guest.lazy.take_working_set().unwrap(), None);
+    let counts = guest.lazy.counts();
+    assert_eq!(
+        (counts.faults, counts.faults_first_byte, counts.pages),
+        (3, 2, 24)
+    );
+}
+
+#[test]
+fn the_next_set_has_what_was_ahead_and_of_the_tentative_pages_those_that_were_touched() {
+    let guest = mappable(128);
+    let extents = [
+        extent(0..8).with_tentative(true),
+        extent(8..16),
+        extent(64..96).with_tentative(true),
+    ];
+    guest.lazy.prefetch(&extents, Placement::Mapped).unwrap();
+    number_at(&guest.memory, 9);
+    number_at(&guest.memory, 70);
+    let written = GuestAddress(80 * PAGE_BYTES);
+    guest.memory.write_obj(7u64, written).unwrap();
+    let set = guest.lazy.take_working_set().unwrap().unwrap();
+    let expected = [extent(8..16), extent(70..71), extent(80..81).with_written(true)];
+    assert_eq!(set, expected);
+    let counts = guest.lazy.counts();
+    assert_eq!((counts.faults, counts.mapped_faults_first_byte), (0, 2));
 }
 
 #[test]

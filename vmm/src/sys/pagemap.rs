@@ -1,7 +1,6 @@
-//! Which pages of our own address space hold memory of their own: `PAGEMAP_SCAN` (Linux 6.7), or
-//! `/proc/self/pagemap`. Pages of a privately mapped file count once they were written.
+//! Which pages of our own address space are present, and whether they are memory of their own: `PAGEMAP_SCAN`
+//! (Linux 6.7), or `/proc/self/pagemap`. Pages of a privately mapped file become our own once they were written.
 
-use crate::pages::push;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -44,6 +43,15 @@ const _: () = assert!(size_of::<ScanArg>() == 96);
 const _: () = assert!(size_of::<Region>() == 24);
 const _: () = assert!(PAGEMAP_SCAN == (3 << 30) | (96 << 16) | (0x66 << 8) | 16);
 
+/// Pages that are present, or swapped out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Present {
+    /// Which, counted from where the question began.
+    pub pages: Range<u64>,
+    /// They are this process's alone, and not a file's.
+    pub own: bool,
+}
+
 /// The page map of this process.
 #[derive(Debug)]
 pub struct Pagemap {
@@ -61,11 +69,11 @@ impl Pagemap {
         })
     }
 
-    /// Ranges of pages, counted from `start`, that are present or swapped out and not a file's.
+    /// Pages that are present or swapped out, in order.
     ///
     /// # Errors
     /// Neither way works.
-    pub fn own(&self, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
+    pub fn present(&self, start: u64, len: u64) -> io::Result<Vec<Present>> {
         match self.scan(start, len) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
                 self.read_entries(start, len)
@@ -74,7 +82,7 @@ impl Pagemap {
         }
     }
 
-    fn scan(&self, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
+    fn scan(&self, start: u64, len: u64) -> io::Result<Vec<Present>> {
         let mut regions = vec![
             Region {
                 start: 0,
@@ -83,7 +91,7 @@ impl Pagemap {
             };
             REGIONS_PER_SCAN
         ];
-        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut found = Vec::new();
         let end = start + len;
         let mut from = start;
         while from < end {
@@ -96,10 +104,10 @@ impl Pagemap {
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
                 max_pages: 0,
-                category_inverted: PAGE_IS_FILE,
-                category_mask: PAGE_IS_FILE,
+                category_inverted: 0,
+                category_mask: 0,
                 category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-                return_mask: PAGE_IS_PRESENT,
+                return_mask: PAGE_IS_FILE,
             };
             // SAFETY: `arg` is the structure of this ioctl, and names `regions` with its true length.
             let rc = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
@@ -111,22 +119,20 @@ impl Pagemap {
                 return Err(error);
             };
             for region in &regions[..n.min(REGIONS_PER_SCAN)] {
-                push(
-                    &mut ranges,
-                    (region.start - start) / PAGE..(region.end - start) / PAGE,
-                );
+                let pages = (region.start - start) / PAGE..(region.end - start) / PAGE;
+                push(&mut found, pages, region.categories & PAGE_IS_FILE == 0);
             }
             if arg.walk_end <= from {
                 return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
             }
             from = arg.walk_end;
         }
-        Ok(ranges)
+        Ok(found)
     }
 
-    fn read_entries(&self, start: u64, len: u64) -> io::Result<Vec<Range<u64>>> {
+    fn read_entries(&self, start: u64, len: u64) -> io::Result<Vec<Present>> {
         let n_pages = len / PAGE;
-        let mut ranges = Vec::new();
+        let mut found = Vec::new();
         let mut buffer = vec![0u8; 64 << 10];
         let mut page = 0;
         while page < n_pages {
@@ -137,12 +143,20 @@ impl Pagemap {
                 .read_exact_at(&mut buffer[..wanted], (start / PAGE + page) * 8)?;
             for entry in buffer[..wanted].chunks_exact(8) {
                 let entry = u64::from_le_bytes(entry.try_into().unwrap_or_default());
-                if entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 && entry & ENTRY_FILE == 0 {
-                    push(&mut ranges, page..page + 1);
+                if entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0 {
+                    push(&mut found, page..page + 1, entry & ENTRY_FILE == 0);
                 }
                 page += 1;
             }
         }
-        Ok(ranges)
+        Ok(found)
+    }
+}
+
+/// Add pages behind all others, joined to the last ones if they follow those and are of the same kind.
+fn push(found: &mut Vec<Present>, pages: Range<u64>, own: bool) {
+    match found.last_mut() {
+        Some(last) if last.pages.end == pages.start && last.own == own => last.pages.end = pages.end,
+        _ => found.push(Present { pages, own }),
     }
 }

@@ -1,4 +1,8 @@
 //! userfaultfd, raw: missing-page events, copy and zero-page.
+//!
+//! Mappings of files are registered for one side effect only: the kernel then maps the page that was touched and not
+//! its neighbours (`uffd_disable_fault_around` in `mm/memory.c`), so that the page table tells what was touched.
+//! Asynchronous write protection (Linux 6.7) is what may be registered on files; no page is ever protected.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
@@ -11,6 +15,8 @@ const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
 const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 const USERFAULTFD_IOC_NEW: libc::c_ulong = 0xaa00;
 const REGISTER_MODE_MISSING: u64 = 1;
+const REGISTER_MODE_WP: u64 = 2;
+const FEATURE_WP_ASYNC: u64 = 1 << 15;
 const EVENT_PAGEFAULT: u8 = 0x12;
 /// Events taken with one read.
 pub const EVENTS_PER_READ: usize = 64;
@@ -81,6 +87,8 @@ pub enum Filled {
 #[derive(Debug)]
 pub struct Uffd {
     fd: OwnedFd,
+    /// The kernel has asynchronous write protection.
+    wp_async: bool,
 }
 
 impl Uffd {
@@ -111,18 +119,12 @@ impl Uffd {
         }
         // SAFETY: the kernel has just returned this descriptor to us alone.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let mut api = Api {
-            api: UFFD_API,
-            features: 0,
-            ioctls: 0,
-        };
-        // SAFETY: `api` is the structure of this ioctl, asserted above.
-        let rc = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
-        if rc < 0 {
-            Err(io::Error::last_os_error())
-        } else {
-            Ok(Self { fd })
+        // A handshake that was refused may be tried again.
+        let wp_async = handshake(&fd, FEATURE_WP_ASYNC).is_ok();
+        if !wp_async {
+            handshake(&fd, 0)?;
         }
+        Ok(Self { fd, wp_async })
     }
 
     /// Raise an event for every missing page of a range.
@@ -130,9 +132,25 @@ impl Uffd {
     /// # Errors
     /// The range is not mapped, or not of a kind that can be served.
     pub fn register(&self, start: u64, len: u64) -> io::Result<()> {
+        self.register_as(REGISTER_MODE_MISSING, start, len)
+    }
+
+    /// Have the kernel map no neighbours of touched pages of a mapped file, if it can be told so.
+    ///
+    /// # Errors
+    /// The range is not mapped.
+    pub fn map_single_pages(&self, start: u64, len: u64) -> io::Result<()> {
+        if self.wp_async {
+            self.register_as(REGISTER_MODE_WP, start, len)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn register_as(&self, mode: u64, start: u64, len: u64) -> io::Result<()> {
         let mut register = Register {
             range: Range { start, len },
-            mode: REGISTER_MODE_MISSING,
+            mode,
             ioctls: 0,
         };
         // SAFETY: `register` is the structure of this ioctl, asserted above.
@@ -234,6 +252,21 @@ impl Uffd {
 impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+fn handshake(fd: &OwnedFd, features: u64) -> io::Result<()> {
+    let mut api = Api {
+        api: UFFD_API,
+        features,
+        ioctls: 0,
+    };
+    // SAFETY: `api` is the structure of this ioctl, asserted above.
+    let rc = unsafe { libc::ioctl(fd.as_raw_fd(), UFFDIO_API, &raw mut api) };
+    if rc < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
     }
 }
 

@@ -11,15 +11,17 @@ use crate::image::{self, Expected, Extent, ImageFile, OpenImage, PageSource};
 use crate::layout::PAGE_BYTES;
 use crate::memory::lazy::{FailureSink, LazyMemory};
 use crate::memory::prefetch::Placement;
-use crate::pages::union;
-use std::borrow::Cow;
 use std::fs::File;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use torpor_api::vmm::{FdRole, RestoreTrace};
 
-/// Most bytes that are mapped ahead for a fork without a working set.
-const MAX_FORK_BYTES: u64 = 128 << 20;
+/// Up to this generation of an image the recorded set says little: it is that of a boot or of the template's guest,
+/// which did something else.
+const EARLY_GENERATIONS: u64 = 4;
+/// Most bytes of an image that are mapped ahead although nobody saw that the guest needs them.
+const MAX_UNKNOWN_BYTES: u64 = 128 << 20;
 
 /// What a restore is asked for.
 #[derive(Debug, Clone, Copy)]
@@ -68,15 +70,16 @@ impl Prepared {
         for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
             vcpu.restore(state)?;
         }
-        let first_touched = first_touched(&file, &working_set, request.fork);
-        trace.prefetched_pages = lazy.prefetch(&first_touched, Placement::default())?;
+        let mut ahead = image::with_probation(&working_set, request.generation);
+        if request.generation <= EARLY_GENERATIONS || working_set.is_empty() {
+            ahead.extend(everything(&file));
+        }
+        trace.prefetched_pages = lazy.prefetch(&ahead, Placement::default())?;
         for vcpu in &self.vcpus {
             vcpu.done()?;
         }
         if self.can_pre_fault {
-            self.pre_fault(&first_touched)?;
-        } else {
-            lazy.populate(&first_touched);
+            self.pre_fault(lazy.ahead())?;
         }
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
@@ -93,7 +96,6 @@ impl Prepared {
         let mut vm = self.into_vm(Backing::Lazy(lazy));
         vm.baseline = Some(Arc::clone(&file));
         vm.restored_from = Some(file);
-        vm.previous_working_set = working_set;
         Ok((vm, trace))
     }
 
@@ -137,20 +139,14 @@ impl Prepared {
         }
     }
 
-    /// The second-level page table of the working set: by the first vCPU, because all share it.
-    fn pre_fault(&self, working_set: &[Extent]) -> Result<(), VmError> {
-        let Some(first) = self.vcpus.first().filter(|_| !working_set.is_empty()) else {
+    /// The second-level page table of these pages: by the first vCPU, because all share it.
+    fn pre_fault(&self, pages: &[Range<u64>]) -> Result<(), VmError> {
+        let Some(first) = self.vcpus.first().filter(|_| !pages.is_empty()) else {
             return Ok(());
         };
         let layout = self.ram.layout();
-        let pages = union(
-            working_set
-                .iter()
-                .map(|extent| extent.pages(layout.n_pages()))
-                .collect(),
-        );
         let ranges = pages
-            .into_iter()
+            .iter()
             .flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
         first.pre_fault(ranges.collect())?;
         Ok(first.done()?)
@@ -171,18 +167,15 @@ impl Prepared {
     }
 }
 
-/// What to put in place before the guest runs. A fork of a machine that was never woken has no working set; all
-/// that its image holds is then mapped, if it is not too much: siblings share it, and record their own sets.
-fn first_touched<'s>(file: &ImageFile, working_set: &'s [Extent], fork: bool) -> Cow<'s, [Extent]> {
-    if !fork || !working_set.is_empty() {
-        return Cow::Borrowed(working_set);
-    }
-    match file.data_extents(MAX_FORK_BYTES / PAGE_BYTES) {
-        Ok(extents) => Cow::Owned(extents.unwrap_or_default()),
+/// For a guest of which little is known yet: all that its image holds, if it is not too much. What of it the guest
+/// takes is its next working set.
+fn everything(file: &ImageFile) -> Vec<Extent> {
+    match file.data_extents(MAX_UNKNOWN_BYTES / PAGE_BYTES) {
+        Ok(extents) => extents.into_iter().flatten().map(Extent::doubted).collect(),
         Err(error) => {
             // Whoever touches a page whose checksum can't be read is told so then.
-            tracing::debug!(%error, "fork not filled ahead");
-            Cow::Borrowed(working_set)
+            tracing::debug!(%error, "image not mapped ahead");
+            Vec::new()
         }
     }
 }

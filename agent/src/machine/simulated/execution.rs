@@ -291,7 +291,7 @@ impl Execution for SimulatedExecution {
         }
     }
 
-    fn first_byte(&self) {
+    async fn first_byte(&self) {
         self.lock().n_first_bytes += 1;
     }
 

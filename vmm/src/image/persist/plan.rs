@@ -73,12 +73,6 @@ impl Plan {
         contains(&self.present, page)
     }
 
-    /// Whether a page is another than in the image, and not zero.
-    #[must_use]
-    pub fn is_changed(&self, page: u64) -> bool {
-        !self.fresh && contains(&self.write, page)
-    }
-
     fn present_chunk(
         &mut self,
         ram: &Ram,

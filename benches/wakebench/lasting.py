@@ -1,0 +1,61 @@
+"""What must not grow: the thousandth cycle against the second, and ten awake clones against one."""
+import json
+import os
+import pathlib
+
+from wakebench.torpor_side import TorporSide, torpor
+
+
+def cycles(recorder, guest, count):
+    """Pause and wake one machine `count` times; a sample for every cycle, with what torpord and the disk hold."""
+    recorder.say(f"{count} cycles of one machine")
+    side = TorporSide(guest)
+    try:
+        for number in range(1, count + 1):
+            pause, wake = side.pause(), side.wake()
+            recorder.add({"kind": "cycle", "system": side.name, "cycle": number, "pause_ms": pause["pause_ms"],
+                          "wake_ms": wake["wake_ms"], "persisted_bytes": pause["persist"]["written_bytes"],
+                          "image_bytes": torpor.disk_bytes(side.machine.directory), **torpord_holds()})
+            if number % 100 == 0:
+                recorder.say(f"cycle {number} of {count}")
+    finally:
+        side.close()
+
+
+def torpord_holds():
+    """Resident memory and open descriptors of torpord."""
+    process = pathlib.Path("/proc", str(torpor.torpord_pid()))
+    status = _fields(process / "status")
+    return {"torpord_rss_kib": status["VmRSS"], "torpord_fds": len(os.listdir(process / "fd"))}
+
+
+def clones(recorder, guest, count):
+    """Memory of one awake clone of a snapshot, and of `count` of them, each having answered a request after a wake."""
+    recorder.say(f"{count} clones of one snapshot")
+    source = TorporSide(guest)
+    made = []
+    try:
+        source.pause()
+        source.wake()
+        snapshot = source.machine.snapshot()
+        for _ in range(count):
+            made.append(TorporSide(guest, snapshot["id"]))
+            holds = [vmm_holds(clone) for clone in made]
+            recorder.add({"kind": "clones", "system": source.name, "clones": len(made),
+                          **{name: sum(one[name] for one in holds) for name in holds[0]}})
+    finally:
+        for side in [*made, source]:
+            side.close()
+
+
+def vmm_holds(side):
+    """Memory of a machine's VMM in KiB: its share of what it maps, all of it, and what is its alone."""
+    record = json.loads((torpor.RUN_DIR / "exec" / side.machine.get()["execution_id"] / "execution.json").read_text())
+    kib = _fields(pathlib.Path("/proc", str(record["process"]["pid"])) / "smaps_rollup")
+    return {"pss_kib": kib["Pss"], "rss_kib": kib["Rss"], "private_kib": kib["Private_Dirty"] + kib["Private_Clean"]}
+
+
+def _fields(path):
+    """The `Name:  123 kB` lines of a file of procfs."""
+    found = (line.split() for line in path.read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) for words in found if words[-1] == "kB"}
