@@ -59,7 +59,7 @@ def print_lasting(samples):
     clones = [sample for sample in samples if sample.get("kind") == "clones"]
     if clones:
         one, many = clones[0], clones[-1]
-        for field in ("pss_kib", "rss_kib", "private_kib"):
+        for field in ("pss_kib", "rss_kib", "private_kib", "vmm_private_kib"):
             print(f"{many['clones']} awake clones against one: {field} {one[field]} -> {many[field]} "
                   f"({many[field] / one[field]:.1f}x)")
 

@@ -22,6 +22,7 @@ class Guest:
 
 GUESTS = {
     "http": Guest(256, "exec python3 -m http.server 8080 --directory /", HTTP_PORT, HTTP_REQUEST, b"HTTP/1.0 200"),
+    "big": Guest(4096, "exec python3 -m http.server 8080 --directory /", HTTP_PORT, HTTP_REQUEST, b"HTTP/1.0 200"),
     "heap": Guest(2048, f'cd / && exec python3 -c "{HEAP_SERVER}"', HTTP_PORT, HTTP_REQUEST, b"HTTP/1.0 200"),
     "redis": Guest(256, "exec redis-server --bind 0.0.0.0 --protected-mode no --save ''", REDIS_PORT,
                    b"PING\r\n", b"+PONG", prepare="command -v redis-server || "

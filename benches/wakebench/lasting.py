@@ -49,10 +49,28 @@ def clones(recorder, guest, count):
 
 
 def vmm_holds(side):
-    """Memory of a machine's VMM in KiB: its share of what it maps, all of it, and what is its alone."""
+    """Memory of a machine's VMM in KiB: its share of what it maps, all of it, what is its alone, and what of that is
+    not guest memory."""
     record = json.loads((torpor.RUN_DIR / "exec" / side.machine.get()["execution_id"] / "execution.json").read_text())
-    kib = _fields(pathlib.Path("/proc", str(record["process"]["pid"])) / "smaps_rollup")
-    return {"pss_kib": kib["Pss"], "rss_kib": kib["Rss"], "private_kib": kib["Private_Dirty"] + kib["Private_Clean"]}
+    process = pathlib.Path("/proc", str(record["process"]["pid"]))
+    kib = _fields(process / "smaps_rollup")
+    return {"pss_kib": kib["Pss"], "rss_kib": kib["Rss"], "private_kib": kib["Private_Dirty"] + kib["Private_Clean"],
+            "vmm_private_kib": _private_outside_guest(process)}
+
+
+def _private_outside_guest(process):
+    """Guest memory is what is mapped from the image, and what is in neither forks nor dumps (`dc`, `dd`)."""
+    total, private, path = 0, 0, ""
+    for line in (process / "smaps").read_text().splitlines():
+        words = line.split()
+        if words[0] in ("Private_Clean:", "Private_Dirty:"):
+            private += int(words[1])
+        elif words[0] == "VmFlags:":
+            is_guest = "memory." in path or {"dc", "dd"} <= set(words)
+            total += 0 if is_guest else private
+        elif not words[0].endswith(":"):
+            private, path = 0, words[5] if len(words) > 5 else ""
+    return total
 
 
 def _fields(path):
