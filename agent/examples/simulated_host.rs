@@ -1,7 +1,8 @@
-//! torpord's APIs over simulated executions, each with a real guest agent on this host instead of a guest: what SDKs
-//! and clients are tried against where no virtual machine can run.
+//! torpord's APIs over simulated executions: what SDKs and clients are tried against where no virtual machine can run.
+//! With the program `torpor-guest` each has a real guest agent on this host instead of a guest; without it guests know
+//! a few commands and no files, and nothing that a client says is done to this host.
 //!
-//! `cargo run --example simulated_host -- <directory> <torpor-guest>` serves the native API on port 17070, Morph's on
+//! `cargo run --example simulated_host -- <directory> [<torpor-guest>]` serves the native API on port 17070, Morph's on
 //! 17071, Nullspace's on 17072 and SSH on 17022, with the token `test`. A pause stops the guest's processes.
 
 #![allow(
@@ -41,7 +42,7 @@ struct Guest {
 struct Host {
     simulated: SimulatedHypervisor,
     directory: PathBuf,
-    program: PathBuf,
+    program: Option<PathBuf>,
     guests: Mutex<HashMap<MachineId, Guest>>,
 }
 
@@ -53,16 +54,26 @@ struct WithGuest {
 
 impl Host {
     fn with_guest(&self, machine: &MachineId, execution: Arc<dyn Execution>) -> Arc<dyn Execution> {
+        let Some(program) = &self.program else {
+            return execution;
+        };
         let mut guests = self.guests.lock().unwrap();
         let guest = guests
             .entry(machine.clone())
-            .or_insert_with(|| start_guest(&self.directory.join(machine.as_str()), &self.program));
+            .or_insert_with(|| start_guest(&self.directory.join(machine.as_str()), program));
         signal(guest.agent.id(), "CONT");
         Arc::new(WithGuest {
             execution,
             client: GuestClient::new(&guest.socket),
             pid: guest.agent.id(),
         })
+    }
+}
+
+impl Host {
+    fn socket_of(&self, machine: &MachineId) -> Option<PathBuf> {
+        let guests = self.guests.lock().unwrap();
+        guests.get(machine).map(|guest| guest.socket.clone())
     }
 }
 
@@ -116,7 +127,9 @@ impl Hypervisor for Host {
     ) -> Result<Arc<dyn Execution>, HypervisorError> {
         let booted = self.simulated.boot(machine, execution).await?;
         let booted = self.with_guest(&machine.id, booted);
-        let socket = self.guests.lock().unwrap()[&machine.id].socket.clone();
+        let Some(socket) = self.socket_of(&machine.id) else {
+            return Ok(booted);
+        };
         let deadline = tokio::time::Instant::now() + std::time::Duration::from_secs(20);
         GuestClient::new(&socket).wait_ready(deadline).await.unwrap();
         Ok(booted)
@@ -224,7 +237,7 @@ impl Execution for WithGuest {
 #[tokio::main]
 async fn main() {
     let mut arguments = std::env::args().skip(1).map(PathBuf::from);
-    let (directory, program) = (arguments.next().unwrap(), arguments.next().unwrap());
+    let (directory, program) = (arguments.next().unwrap(), arguments.next());
     std::fs::create_dir_all(&directory).unwrap();
     let token_file = directory.join("token");
     std::fs::write(&token_file, "test").unwrap();

@@ -8,7 +8,9 @@
 //!
 //! Not its job: what an operation does.
 
+mod answer;
 mod auth;
+mod describe;
 mod edge;
 mod error;
 mod events;
@@ -58,7 +60,7 @@ pub fn router_with_token(fleet: Fleet, token: Token) -> Router {
 
 fn routes(fleet: Fleet) -> Router {
     table()
-        .into_router("Torpor: the native API", "/openapi/native.json")
+        .into_router::<torpor_api::ApiError>("Torpor: the native API", "/openapi/native.json", OPEN)
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)
         .with_state(fleet)

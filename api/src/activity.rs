@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Where use shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ActivitySource {
     /// Requests and payload bytes through the proxy; open connections, pings and keep-alives are none.
@@ -23,6 +24,7 @@ impl ActivitySource {
 
 /// What keeps a machine with a sliding lease awake. It belongs to the machine and survives every resume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ActivityPolicy {
     /// Requests and payload through the proxy.
@@ -70,6 +72,7 @@ impl ActivityPolicy {
 
 /// `PATCH /v1/machines/{id}/activity`: only what is given changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct PatchActivity {
     /// Requests and payload through the proxy.
@@ -113,6 +116,7 @@ impl PatchActivity {
 
 /// When a source was last seen, in `GET /v1/machines/{id}/why`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct ActivitySign {
     /// Which.
     pub source: ActivitySource,

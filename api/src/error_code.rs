@@ -128,6 +128,7 @@ error_codes! {
 
 /// The one error shape of the API and the proxy.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[error("{error} ({})", code.as_str())]
 pub struct ApiError {
     /// What failed, on what.

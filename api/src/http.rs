@@ -27,6 +27,7 @@ pub use snapshots::{
 
 /// What a user sees of a machine's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum MachineStatus {
     /// Booting for the first time, or again from its disk.
@@ -47,6 +48,7 @@ pub enum MachineStatus {
 
 /// Which traffic may wake a paused machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct WakePolicy {
     /// HTTP and WebSocket requests.
@@ -82,6 +84,7 @@ impl WakePolicy {
 
 /// What a service speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ServiceKind {
     /// HTTP/1.1, WebSocket and whatever upgrades from it.
@@ -93,6 +96,7 @@ pub enum ServiceKind {
 
 /// `POST /v1/machines/{id}/services`, and part of a create.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ServiceSpec {
     /// Unique within the machine; `port-<port>` if not given.
@@ -113,6 +117,7 @@ pub struct ServiceSpec {
 
 /// A service as it is exposed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Service {
     /// Unique within the machine.
     pub name: String,
@@ -134,6 +139,7 @@ pub struct Service {
 
 /// `POST /v1/machines`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct CreateMachine {
     /// Unique label.
@@ -214,6 +220,7 @@ fn default_mem_mib() -> u32 {
 
 /// A machine, as every read and every change answers it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Machine {
     /// Permanent identity.
     pub id: MachineId,
@@ -273,6 +280,7 @@ pub struct Machine {
 
 /// `PUT /v1/machines/{id}/metadata`: all of it is replaced.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SetMetadata {
     /// Free key/value pairs of the user.
@@ -281,6 +289,7 @@ pub struct SetMetadata {
 
 /// The failure that a machine remembers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct LastError {
     /// Stable code.
     pub code: crate::ErrorCode,
@@ -292,6 +301,7 @@ pub struct LastError {
 
 /// `GET /v1/machines`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct MachineList {
     /// Machines, oldest first.
     pub machines: Vec<Machine>,
@@ -302,6 +312,7 @@ pub struct MachineList {
 
 /// Where a resume takes the machine from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ResumeFrom {
     /// Its memory; refused if there is none or it is damaged.
@@ -313,6 +324,7 @@ pub enum ResumeFrom {
 
 /// `POST /v1/machines/{id}/resume`; the body may be empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ResumeMachine {
     /// Memory or disk.
@@ -321,6 +333,7 @@ pub struct ResumeMachine {
 
 /// `PUT /v1/machines/{id}/lease`; `null` takes the lease away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SetLease {
     /// The new policy, counted from now.
@@ -329,6 +342,7 @@ pub struct SetLease {
 
 /// How long a machine is kept that is not awake. The policy is the machine's own and survives every resume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct MachineRetention {
     /// Counted from its last use: from when it fell asleep, or from the call that set this.
     pub seconds: u64,
@@ -342,6 +356,7 @@ pub struct MachineRetention {
 
 /// `PUT /v1/machines/{id}/retention`; `null` keeps the machine until it is deleted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SetRetention {
     /// Counted from now for a machine that is not awake.
@@ -350,6 +365,7 @@ pub struct SetRetention {
 
 /// `PATCH /v1/machines/{id}/wake`: only the switches given change.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct PatchWake {
     /// HTTP and WebSocket requests.
@@ -368,6 +384,7 @@ pub struct PatchWake {
 
 /// `POST /v1/machines/{id}/exec`. Give `argv` or `shell`, not both.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ExecRequest {
     /// Program and arguments, run without a shell.
@@ -397,6 +414,7 @@ pub struct ExecRequest {
 
 /// Answer to an exec.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct ExecResult {
     /// PID in the guest.
     pub pid: u32,
@@ -413,6 +431,7 @@ pub struct ExecResult {
 
 /// A template on this host.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Template {
     /// Its name.
     pub name: String,
@@ -424,6 +443,7 @@ pub struct Template {
 
 /// `GET /v1/templates`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct TemplateList {
     /// By name.
     pub templates: Vec<Template>,
@@ -431,6 +451,7 @@ pub struct TemplateList {
 
 /// One row of the events table.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Event {
     /// Position in the host's one sequence.
     pub offset: u64,
@@ -451,6 +472,7 @@ pub struct Event {
 
 /// `GET /v1/machines/{id}/events` and `GET /v1/events`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct EventList {
     /// In order.
     pub events: Vec<Event>,
@@ -460,6 +482,7 @@ pub struct EventList {
 
 /// `GET /v1/healthz`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Health {
     /// Always `ok` when answered.
     pub status: String,

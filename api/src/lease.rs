@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// What happens when a lease runs out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum LeaseAction {
     /// The machine sleeps with its memory.
@@ -14,6 +15,7 @@ pub enum LeaseAction {
 
 /// What moves the deadline of a lease.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum LeaseMode {
     /// Only the API moves the deadline, and a wake starts the window anew.
@@ -25,6 +27,7 @@ pub enum LeaseMode {
 
 /// The part of a lease that the user sets. It belongs to the machine and survives every resume.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct LeasePolicy {
     /// Length of the window in seconds, counted only while the machine is awake.

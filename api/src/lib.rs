@@ -11,6 +11,8 @@ pub mod http;
 pub mod ids;
 pub mod lease;
 pub mod limits;
+#[cfg(feature = "schema")]
+mod schema;
 pub mod vmm;
 
 pub use error_code::{ApiError, ErrorCode};

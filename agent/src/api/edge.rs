@@ -1,13 +1,13 @@
 //! `/v1/machines/{id}/services/{port}/grants` and `/v1/edge-keys`: who may reach a service.
 
+use super::answer::Created;
 use super::error::{Failure, cut};
-use super::extract::{Json as Body, Named, OptionalJson};
+use super::extract::{Json as Body, Named, OptionalJson, Path};
 use super::machines::to_the_end;
 use super::validate;
 use crate::machine::fleet::Fleet;
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State;
 use torpor_api::http::{
     CreateGrant, EdgeKeyList, Grant, GrantList, IssuedGrant, PatchService, RotateEdgeKey, Service, WakeFilter,
 };
@@ -29,12 +29,12 @@ pub(super) async fn issue(
     Named(id): Named,
     Path((_, name)): Path<(String, String)>,
     OptionalJson(order): OptionalJson<CreateGrant>,
-) -> Result<(StatusCode, Json<IssuedGrant>), Failure> {
+) -> Result<Created<IssuedGrant>, Failure> {
     let issued = to_the_end(async move {
         let port = port_of(&fleet, &id, &name).await?;
         Ok(fleet.issue_grant(&id, port, order).await?)
     });
-    Ok((StatusCode::CREATED, Json(issued.await?)))
+    Ok(Created(issued.await?))
 }
 
 pub(super) async fn grants(

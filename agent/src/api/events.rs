@@ -1,5 +1,6 @@
 //! `/v1/events` and `/v1/machines/{id}/events`: what happened.
 
+use super::answer::EitherStream;
 use super::error::Failure;
 use super::extract::{Named, Query};
 use crate::machine::fleet::Fleet;
@@ -8,18 +9,19 @@ use axum::Json;
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::response::IntoResponse;
 use axum::response::sse::{self, Sse};
-use axum::response::{IntoResponse, Response};
 use futures_util::{SinkExt, Stream, StreamExt};
 use serde::Deserialize;
 use std::convert::Infallible;
 use torpor_api::MachineId;
 use torpor_api::http::{Event, EventList};
+use utoipa::IntoParams;
 
 const DEFAULT_PAGE: u32 = 100;
 const MAX_PAGE: u32 = 1000;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Page {
     #[serde(default)]
@@ -61,7 +63,7 @@ async fn read(fleet: &Fleet, machine: Option<MachineId>, page: &Page) -> Result<
     Ok(Json(EventList { events, next_offset }))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct From {
     after: Option<u64>,
@@ -72,7 +74,7 @@ pub(super) async fn stream_of_machine(
     Named(id): Named,
     Query(from): Query<From>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<Response, Failure> {
+) -> Result<EitherStream, Failure> {
     stream(fleet, Some(id), from, upgrade.ok()).await
 }
 
@@ -80,7 +82,7 @@ pub(super) async fn stream_of_host(
     State(fleet): State<Fleet>,
     Query(from): Query<From>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<Response, Failure> {
+) -> Result<EitherStream, Failure> {
     stream(fleet, None, from, upgrade.ok()).await
 }
 
@@ -90,9 +92,9 @@ async fn stream(
     machine: Option<MachineId>,
     from: From,
     upgrade: Option<WebSocketUpgrade>,
-) -> Result<Response, Failure> {
+) -> Result<EitherStream, Failure> {
     let events = Box::pin(follow(fleet, machine, from.after.unwrap_or(0)));
-    Ok(match upgrade {
+    let response = match upgrade {
         Some(upgrade) => upgrade.on_upgrade(|socket| async move {
             // A client that is gone needs no answer.
             let _ = send(socket, events).await;
@@ -108,7 +110,8 @@ async fn stream(
                 .keep_alive(sse::KeepAlive::default())
                 .into_response()
         }
-    })
+    };
+    Ok(EitherStream(response))
 }
 
 /// Every event with a larger offset, those that are to come too.

@@ -2,7 +2,7 @@
 
 use super::error::Failure;
 use crate::machine::fleet::Fleet;
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::header;
 use axum::http::request::Parts;
 use bytes::Bytes;
@@ -27,6 +27,9 @@ pub(super) struct RawJson<T>(pub(super) Bytes, pub(super) T);
 
 /// The query, without unknown keys.
 pub(super) struct Query<T>(pub(super) T);
+
+/// What is between the braces of the path, in order.
+pub(super) struct Path<T>(pub(super) T);
 
 /// The machine that `{id}` names: an ID, an alias or a name.
 pub(super) struct Named(pub(super) MachineId);
@@ -74,12 +77,19 @@ impl<S: Sync, T: DeserializeOwned> FromRequestParts<S> for Query<T> {
     }
 }
 
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
+    type Rejection = Failure;
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        let path = axum::extract::Path::from_request_parts(parts, state).await;
+        path.map(|axum::extract::Path(value)| Self(value))
+            .map_err(|error| Failure::invalid(error.body_text()))
+    }
+}
+
 impl FromRequestParts<Fleet> for Named {
     type Rejection = Failure;
     async fn from_request_parts(parts: &mut Parts, fleet: &Fleet) -> Result<Self, Failure> {
-        let Path(names) = Path::<Vec<(String, String)>>::from_request_parts(parts, fleet)
-            .await
-            .map_err(|error| Failure::invalid(error.body_text()))?;
+        let Path(names) = Path::<Vec<(String, String)>>::from_request_parts(parts, fleet).await?;
         let text = names
             .into_iter()
             .find(|(key, _)| key == "id")

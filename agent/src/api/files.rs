@@ -1,5 +1,6 @@
 //! `/v1/machines/{id}/files`: contents as raw bodies of any size, everything else as JSON. All of it wakes.
 
+use super::answer::{Contents, NoContent};
 use super::error::Failure;
 use super::extract::{Json as Body, Named, Query};
 use super::processes::inside;
@@ -8,18 +9,17 @@ use crate::machine::fleet::Fleet;
 use axum::Json;
 use axum::body;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
-use axum::response::{IntoResponse, Response};
 use futures_util::TryStreamExt;
 use serde::Deserialize;
 use torpor_api::guest::FileEntry;
 use torpor_api::http::{FileList, FilePath, ListFiles, RemoveFile, RenameFile, SetAttributes};
+use utoipa::IntoParams;
 
 const DEFAULT_LIMIT: u64 = 1000;
 const MAX_LIMIT: u64 = 10_000;
 const MAX_DEPTH: u32 = 64;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Download {
     path: String,
@@ -29,7 +29,7 @@ pub(super) struct Download {
     user: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Upload {
     path: String,
@@ -44,14 +44,14 @@ pub(super) async fn download(
     State(fleet): State<Fleet>,
     id: Named,
     Query(asked): Query<Download>,
-) -> Result<Response, Failure> {
+) -> Result<Contents, Failure> {
     let window = (asked.offset, asked.len);
     let download = inside(&fleet, id)
         .download(&asked.path, window, asked.user)
         .await?;
     // A transfer that fails in its middle ends the connection before the body's last chunk.
     let contents = body::Body::from_stream(download.into_stream().map_err(std::io::Error::other));
-    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], contents).into_response())
+    Ok(Contents(contents))
 }
 
 pub(super) async fn upload(
@@ -114,40 +114,40 @@ pub(super) async fn make_dir(
     State(fleet): State<Fleet>,
     id: Named,
     Body(asked): Body<FilePath>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     inside(&fleet, id).make_dir(&asked.path, asked.user).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn remove(
     State(fleet): State<Fleet>,
     id: Named,
     Body(asked): Body<RemoveFile>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     inside(&fleet, id)
         .remove(&asked.path, asked.recursive, asked.user)
         .await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn rename(
     State(fleet): State<Fleet>,
     id: Named,
     Body(asked): Body<RenameFile>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     inside(&fleet, id)
         .rename(&asked.from, &asked.to, asked.user)
         .await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn set_attributes(
     State(fleet): State<Fleet>,
     id: Named,
     Body(asked): Body<SetAttributes>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     inside(&fleet, id)
         .set_attributes(&asked.path, asked.attributes, asked.user)
         .await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }

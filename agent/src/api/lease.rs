@@ -6,29 +6,32 @@ use super::validate;
 use crate::machine::fleet::{Fleet, PolicyRule};
 use axum::Json;
 use axum::extract::State;
+use serde::Serialize;
 use torpor_api::Lease;
 use torpor_api::activity::{ActivityPolicy, PatchActivity};
 use torpor_api::http::{Machine, MachineRetention, PatchWake, SetLease, SetRetention};
+use utoipa::ToSchema;
 
-pub(super) async fn show(
-    State(fleet): State<Fleet>,
-    Named(id): Named,
-) -> Result<Json<Option<Lease>>, Failure> {
-    Ok(Json(fleet.view(&id).await?.lease))
+/// The lease, or `null`.
+#[derive(Serialize, ToSchema)]
+pub(super) struct AnyLease(Option<Lease>);
+
+pub(super) async fn show(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<AnyLease>, Failure> {
+    Ok(Json(AnyLease(fleet.view(&id).await?.lease)))
 }
 
 pub(super) async fn set(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(body): Body<SetLease>,
-) -> Result<Json<Option<Lease>>, Failure> {
+) -> Result<Json<AnyLease>, Failure> {
     if let Some(lease) = body.lease {
         validate::lease(lease)?;
     }
     fleet
         .set_lease(&id, body.lease, PolicyRule::DestroyOrWake)
         .await?;
-    Ok(Json(fleet.view(&id).await?.lease))
+    Ok(Json(AnyLease(fleet.view(&id).await?.lease)))
 }
 
 pub(super) async fn show_retention(

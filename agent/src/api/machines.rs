@@ -1,5 +1,6 @@
 //! `/v1/machines`: made, shown, paused, resumed, deleted.
 
+use super::answer::{Created, NoContent, Text};
 use super::error::Failure;
 use super::extract::{Json as Body, Named, OptionalJson, Query, RawJson};
 use super::validate;
@@ -8,21 +9,21 @@ use crate::machine::fleet::{CreateOrder, Fleet, MachineQuery};
 use crate::store::{Idempotency, MachineFilter};
 use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode, header};
-use axum::response::IntoResponse;
+use axum::http::HeaderMap;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use std::future::Future;
 use torpor_api::http::{CreateMachine, Machine, MachineList, ResumeMachine, SetMetadata};
 use torpor_api::{ErrorCode, MachineId};
+use utoipa::{IntoParams, ToSchema};
 
 const DEFAULT_PAGE: u32 = 100;
 const MAX_PAGE: u32 = 1000;
 const DEFAULT_LOG_BYTES: u64 = 64 << 10;
 const MAX_LOG_BYTES: u64 = 4 << 20;
-const MAX_KEY_BYTES: usize = 255;
+pub(super) const MAX_KEY_BYTES: usize = 255;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Page {
     after: Option<MachineId>,
@@ -54,14 +55,14 @@ impl Page {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Tail {
     bytes: Option<u64>,
 }
 
 /// A body in which nothing can be said.
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
@@ -92,7 +93,7 @@ pub(super) async fn create(
     State(fleet): State<Fleet>,
     headers: HeaderMap,
     RawJson(bytes, body): RawJson<CreateMachine>,
-) -> Result<(StatusCode, Json<Machine>), Failure> {
+) -> Result<Created<Machine>, Failure> {
     validate::create(&body)?;
     let idempotency = idempotency(&headers, &bytes)?;
     let machine = to_the_end(async move {
@@ -100,7 +101,7 @@ pub(super) async fn create(
         Ok(fleet.view(&id).await?)
     })
     .await?;
-    Ok((StatusCode::CREATED, Json(machine)))
+    Ok(Created(machine))
 }
 
 pub(super) fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Idempotency>, Failure> {
@@ -108,7 +109,8 @@ pub(super) fn idempotency(headers: &HeaderMap, body: &[u8]) -> Result<Option<Ide
         return Ok(None);
     };
     let key = key.to_str().unwrap_or_default();
-    if key.is_empty() || key.len() > MAX_KEY_BYTES {
+    let visible = key.bytes().all(|byte| byte.is_ascii_graphic());
+    if key.is_empty() || key.len() > MAX_KEY_BYTES || !visible {
         return Err(Failure::invalid(format!(
             "Idempotency-Key is not 1 to {MAX_KEY_BYTES} visible ASCII characters"
         )));
@@ -130,9 +132,9 @@ pub(super) async fn to_the_end<T: Send + 'static>(
         .unwrap_or_else(|_| Err(Failure::new(ErrorCode::Internal, "the operation was cut short")))
 }
 
-pub(super) async fn delete(State(fleet): State<Fleet>, Named(id): Named) -> Result<StatusCode, Failure> {
+pub(super) async fn delete(State(fleet): State<Fleet>, Named(id): Named) -> Result<NoContent, Failure> {
     fleet.delete(&id, PauseOrder::by("api")).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn set_metadata(
@@ -167,7 +169,7 @@ pub(super) async fn logs(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Query(tail): Query<Tail>,
-) -> Result<impl IntoResponse, Failure> {
+) -> Result<Text, Failure> {
     let max_bytes = tail.bytes.unwrap_or(DEFAULT_LOG_BYTES);
     if !(1..=MAX_LOG_BYTES).contains(&max_bytes) {
         return Err(Failure::invalid(format!(
@@ -176,10 +178,5 @@ pub(super) async fn logs(
     }
     let console = fleet.hypervisor().console_tail(&id, max_bytes).await;
     let console = console.map_err(crate::machine::error::MachineError::from)?;
-    // What a guest prints is no page of ours.
-    let headers = [
-        (header::CONTENT_TYPE, "text/plain; charset=utf-8"),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-    ];
-    Ok((headers, String::from_utf8_lossy(&console).into_owned()))
+    Ok(Text(String::from_utf8_lossy(&console).into_owned()))
 }

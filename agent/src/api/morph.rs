@@ -64,7 +64,11 @@ fn one_form(segments: &mut Vec<&str>) {
 }
 
 fn routes(fleet: Fleet) -> Router {
-    let router = table().into_router("Torpor: the API of the morphcloud SDK", "/openapi/morph.json");
+    let router = table().into_router::<dialect::ErrorBody>(
+        "Torpor: the API of the morphcloud SDK",
+        "/openapi/morph.json",
+        OPEN,
+    );
     unbuilt(router, UNBUILT)
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)

@@ -46,7 +46,11 @@ pub fn router(fleet: Fleet, token: Token) -> Router {
 }
 
 fn routes(fleet: Fleet) -> Router {
-    let router = table().into_router("Torpor: the API of the nullspace-sdk", "/openapi/nullspace.json");
+    let router = table().into_router::<dialect::ErrorBody>(
+        "Torpor: the API of the nullspace-sdk",
+        "/openapi/nullspace.json",
+        OPEN,
+    );
     facade::unbuilt(router, unbuilt::ROUTES)
         .fallback(error::no_route)
         .method_not_allowed_fallback(error::no_method)

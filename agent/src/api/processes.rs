@@ -1,17 +1,20 @@
 //! `/v1/machines/{id}/processes` and `…/metrics`: what runs in a machine and what it uses. Lists and figures do not
 //! wake.
 
+use super::answer::NoContent;
+use super::describe::{Description, Taken};
 use super::error::Failure;
-use super::extract::{Json as Body, Named, OptionalJson, Query};
+use super::extract::{Json as Body, Named, OptionalJson, Path, Query};
 use crate::inside::Inside;
 use crate::machine::fleet::{Fleet, WakeSource};
 use axum::Json;
-use axum::extract::{FromRequestParts, Path, State};
-use axum::http::StatusCode;
+use axum::extract::{FromRequestParts, State};
 use axum::http::request::Parts;
 use serde::Deserialize;
+use serde_json::json;
 use torpor_api::guest::WindowSize;
 use torpor_api::http::{KillProcess, Logs, Metrics, ProcessList, WriteStdin};
+use utoipa::{IntoParams, PartialSchema};
 
 /// The process that `{pid}` names.
 pub(super) struct Pid(pub(super) u32);
@@ -19,9 +22,7 @@ pub(super) struct Pid(pub(super) u32);
 impl FromRequestParts<Fleet> for Pid {
     type Rejection = Failure;
     async fn from_request_parts(parts: &mut Parts, fleet: &Fleet) -> Result<Self, Failure> {
-        let Path(names) = Path::<Vec<(String, String)>>::from_request_parts(parts, fleet)
-            .await
-            .map_err(|error| Failure::invalid(error.body_text()))?;
+        let Path(names) = Path::<Vec<(String, String)>>::from_request_parts(parts, fleet).await?;
         let text = names
             .into_iter()
             .find(|(key, _)| key == "pid")
@@ -32,7 +33,13 @@ impl FromRequestParts<Fleet> for Pid {
     }
 }
 
-#[derive(Deserialize)]
+impl Taken for Pid {
+    fn describe(into: &mut Description) {
+        into.in_path = vec![json!(String::schema()), json!(u32::schema())];
+    }
+}
+
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct From {
     #[serde(default)]
@@ -72,12 +79,12 @@ pub(super) async fn stdin(
     id: Named,
     Pid(pid): Pid,
     Body(write): Body<WriteStdin>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     let inside = inside(&fleet, id);
     inside
         .write_stdin(pid, write.data.as_bytes(), write.close)
         .await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn kill(
@@ -85,9 +92,9 @@ pub(super) async fn kill(
     id: Named,
     Pid(pid): Pid,
     OptionalJson(kill): OptionalJson<KillProcess>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     inside(&fleet, id).kill(pid, kill.signal).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn resize(
@@ -95,9 +102,9 @@ pub(super) async fn resize(
     id: Named,
     Pid(pid): Pid,
     Body(size): Body<WindowSize>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     inside(&fleet, id).resize(pid, size).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn metrics(State(fleet): State<Fleet>, id: Named) -> Result<Json<Metrics>, Failure> {

@@ -1,24 +1,27 @@
 //! `/v1/snapshots`, and snapshots and forks of a machine.
 
+use super::answer::{Created, NoContent};
+use super::describe::{Description, Taken};
 use super::error::{Failure, cut};
-use super::extract::{Json as Body, Named, OptionalJson, Query};
+use super::extract::{Json as Body, Named, OptionalJson, Path, Query};
 use super::machines::{idempotency, to_the_end};
 use super::validate;
 use crate::machine::fleet::{Fleet, ForkOrder, SnapshotOrder, check_lease_and_wake};
 use crate::store::SnapshotFilter;
 use axum::Json;
-use axum::extract::{FromRequestParts, Path, State};
+use axum::extract::{FromRequestParts, State};
+use axum::http::HeaderMap;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode};
 use serde::Deserialize;
 use torpor_api::http::{CreateSnapshot, ForkMachine, Forked, PatchSnapshot, Snapshot, SnapshotList};
 use torpor_api::{MachineId, SnapshotId, ids, limits};
+use utoipa::IntoParams;
 
 const DEFAULT_PAGE: u32 = 100;
 const MAX_PAGE: u32 = 1000;
 
 /// What `GET /v1/snapshots` can be asked for.
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Wanted {
     digest: Option<String>,
@@ -33,15 +36,17 @@ pub(super) struct NamedSnapshot(pub(super) Snapshot);
 impl FromRequestParts<Fleet> for NamedSnapshot {
     type Rejection = Failure;
     async fn from_request_parts(parts: &mut Parts, fleet: &Fleet) -> Result<Self, Failure> {
-        let Path(text) = Path::<String>::from_request_parts(parts, fleet)
-            .await
-            .map_err(|error| Failure::invalid(error.body_text()))?;
+        let Path(text) = Path::<String>::from_request_parts(parts, fleet).await?;
         // Another API's spelling of an ID is the same ID.
         let id = ids::spellings(&text)
             .into_iter()
             .find(|id| id.starts_with("snap_"));
         Ok(Self(fleet.find_snapshot(id.as_ref().unwrap_or(&text)).await?))
     }
+}
+
+impl Taken for NamedSnapshot {
+    fn describe(_: &mut Description) {}
 }
 
 pub(super) async fn list(
@@ -117,13 +122,13 @@ pub(super) async fn create(
     Named(id): Named,
     headers: HeaderMap,
     OptionalJson(body): OptionalJson<CreateSnapshot>,
-) -> Result<(StatusCode, Json<Snapshot>), Failure> {
+) -> Result<Created<Snapshot>, Failure> {
     validate::snapshot(&body)?;
     let said = serde_json::to_vec(&(&id, &body)).unwrap_or_default();
     let idempotency = idempotency(&headers, &said)?;
     let order = SnapshotOrder { body, idempotency };
     let snapshot = to_the_end(async move { Ok(fleet.snapshot(&id, order).await?) }).await?;
-    Ok((StatusCode::CREATED, Json(snapshot)))
+    Ok(Created(snapshot))
 }
 
 pub(super) async fn fork(
@@ -131,7 +136,7 @@ pub(super) async fn fork(
     Named(id): Named,
     headers: HeaderMap,
     OptionalJson(body): OptionalJson<ForkMachine>,
-) -> Result<(StatusCode, Json<Forked>), Failure> {
+) -> Result<Created<Forked>, Failure> {
     validate::fork(&body)?;
     let source = fleet.view(&id).await?;
     let lease = body.lease.or(source.lease.map(|lease| lease.policy));
@@ -142,7 +147,7 @@ pub(super) async fn fork(
     let idempotency = idempotency(&headers, &said)?;
     let order = ForkOrder { body, idempotency };
     let forked = to_the_end(async move { Ok(fleet.fork(&id, order).await?) }).await?;
-    Ok((StatusCode::CREATED, Json(forked)))
+    Ok(Created(forked))
 }
 
 pub(super) async fn show(NamedSnapshot(snapshot): NamedSnapshot) -> Json<Snapshot> {
@@ -161,7 +166,7 @@ pub(super) async fn change(
 pub(super) async fn delete(
     State(fleet): State<Fleet>,
     NamedSnapshot(snapshot): NamedSnapshot,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     to_the_end(async move { Ok(fleet.delete_snapshot(&snapshot.id).await?) }).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }

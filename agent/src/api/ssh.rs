@@ -1,18 +1,19 @@
 //! `/v1/ssh…` and `/v1/machines/{id}/ssh-…`: who may enter machines by SSH. None of it wakes.
 
+use super::answer::{Created, NoContent};
 use super::error::Failure;
-use super::extract::{Json as Body, Named, OptionalJson};
+use super::extract::{Json as Body, Named, OptionalJson, Path};
 use super::machines::to_the_end;
 use crate::machine::fleet::Fleet;
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State;
 use torpor_api::http::{
     MachineSshKey, NewSshKey, PatchSshKey, SshAccess, SshAccessRequest, SshGateway, SshKey, SshKeyList,
 };
+use utoipa::ToSchema;
 
 /// `POST /v1/machines/{id}/ssh-key`: nothing to say.
-#[derive(Default, serde::Deserialize)]
+#[derive(Default, serde::Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
@@ -41,9 +42,9 @@ pub(super) async fn grant(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(request): Body<SshAccessRequest>,
-) -> Result<(StatusCode, Json<SshAccess>), Failure> {
+) -> Result<Created<SshAccess>, Failure> {
     let access = fleet.grant_ssh_access(&id, request).await?;
-    Ok((StatusCode::CREATED, Json(access)))
+    Ok(Created(access))
 }
 
 pub(super) async fn keys(State(fleet): State<Fleet>) -> Result<Json<SshKeyList>, Failure> {
@@ -53,8 +54,8 @@ pub(super) async fn keys(State(fleet): State<Fleet>) -> Result<Json<SshKeyList>,
 pub(super) async fn add_key(
     State(fleet): State<Fleet>,
     Body(new): Body<NewSshKey>,
-) -> Result<(StatusCode, Json<SshKey>), Failure> {
-    Ok((StatusCode::CREATED, Json(fleet.add_ssh_key(new).await?)))
+) -> Result<Created<SshKey>, Failure> {
+    Ok(Created(fleet.add_ssh_key(new).await?))
 }
 
 pub(super) async fn key(State(fleet): State<Fleet>, Path(id): Path<String>) -> Result<Json<SshKey>, Failure> {
@@ -72,7 +73,7 @@ pub(super) async fn rename_key(
 pub(super) async fn remove_key(
     State(fleet): State<Fleet>,
     Path(id): Path<String>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     fleet.remove_ssh_key(&id).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }

@@ -1,6 +1,7 @@
 //! `/v1/machines/{id}/exec/stream`: a process as it runs, over WebSocket both ways or as server-sent events. It
 //! goes on over pauses; a client that goes away leaves it running.
 
+use super::answer::{Events, Upgraded};
 use super::error::Failure;
 use super::extract::{Json as Body, Named};
 use super::processes::inside;
@@ -13,12 +14,12 @@ use crate::machine::fleet::Fleet;
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::response::Response;
+use axum::response::IntoResponse;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::{BufMut, Bytes, BytesMut};
-use futures_util::{SinkExt, Stream, StreamExt};
+use futures_util::{SinkExt, StreamExt};
 use std::convert::Infallible;
 use torpor_api::ApiError;
 use torpor_api::guest::{AttachSpec, WindowSize};
@@ -34,15 +35,14 @@ pub(super) async fn web_socket(
     State(fleet): State<Fleet>,
     id: Named,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<Response, Failure> {
+) -> Result<Upgraded, Failure> {
     let upgrade = upgrade.map_err(|error| Failure::invalid(error.body_text()))?;
     let inside = inside(&fleet, id);
-    Ok(upgrade
-        .max_message_size(MAX_MESSAGE)
-        .on_upgrade(move |socket| async move {
-            // A client that is gone needs no answer.
-            let _ = converse(inside, socket).await;
-        }))
+    let upgrade = upgrade.max_message_size(MAX_MESSAGE);
+    Ok(Upgraded(upgrade.on_upgrade(move |socket| async move {
+        // A client that is gone needs no answer.
+        let _ = converse(inside, socket).await;
+    })))
 }
 
 /// Events of a command that takes what input its request holds.
@@ -50,7 +50,7 @@ pub(super) async fn server_sent(
     State(fleet): State<Fleet>,
     id: Named,
     Body(request): Body<ExecRequest>,
-) -> Result<Sse<impl Stream<Item = Result<Event, Infallible>>>, Failure> {
+) -> Result<Events, Failure> {
     validate::exec(&request)?;
     let session = begin(&inside(&fleet, id), request, None, false).await?;
     let started = StreamEvent::Started {
@@ -62,9 +62,11 @@ pub(super) async fn server_sent(
         Some((shown(event), session))
     });
     let events = futures_util::stream::once(async { started }).chain(events);
-    let events =
-        events.map(|event| Ok(Event::default().data(serde_json::to_string(&event).unwrap_or_default())));
-    Ok(Sse::new(events).keep_alive(KeepAlive::default()))
+    let events = events.map(|event| {
+        Ok::<_, Infallible>(Event::default().data(serde_json::to_string(&event).unwrap_or_default()))
+    });
+    let events = Sse::new(events).keep_alive(KeepAlive::default());
+    Ok(Events(events.into_response()))
 }
 
 /// Start a command, and feed it the input of its request.

@@ -304,7 +304,9 @@ impl Inside {
     /// # Errors
     /// The wake's, `process_not_found`, `invalid_request` if it takes no input or has ended.
     pub async fn write_stdin(&self, pid: u32, bytes: &[u8], close: bool) -> Result<(), MachineError> {
-        for chunk in bytes.chunks(INPUT_CHUNK_BYTES) {
+        // Nothing is an input, too: whether there is such a process is the question then.
+        let nothing = bytes.is_empty() && !close;
+        for chunk in bytes.chunks(INPUT_CHUNK_BYTES).chain(nothing.then_some(bytes)) {
             self.tell(pid, ProcessOrder::Input(STANDARD.encode(chunk)))
                 .await?;
         }

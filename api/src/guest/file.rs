@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Kinds of directory entries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum FileType {
     /// Regular file.
@@ -18,6 +19,7 @@ pub enum FileType {
 
 /// A directory entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct FileEntry {
     /// Last part of the path.
     pub name: String,
@@ -48,6 +50,7 @@ pub struct FileEntry {
 
 /// What to change of a file; what is not given stays.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct FileAttributes {
     /// Permission bits.

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 /// A terminal's size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct WindowSize {
     /// Lines.
     pub rows: u16,
@@ -86,6 +87,7 @@ pub enum ProcessOrder {
 
 /// A process that an exec started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct ProcessEntry {
     /// PID.
     pub pid: u32,
@@ -113,6 +115,7 @@ pub struct ProcessEntry {
 
 /// A hold that somebody inside has on the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct HoldState {
     /// Left of it, in milliseconds.
     pub remaining_ms: u64,

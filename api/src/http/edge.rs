@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// What an HTTP request to a service must show before it is forwarded, or wakes anything.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum ServiceAuth {
     /// Nothing.
@@ -18,6 +19,7 @@ pub enum ServiceAuth {
 
 /// What an edge token is good for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum GrantTransport {
     /// Requests and upgrades.
@@ -31,6 +33,7 @@ pub enum GrantTransport {
 
 /// Where a grant stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum GrantStatus {
     /// Its token is taken.
@@ -43,6 +46,7 @@ pub enum GrantStatus {
 
 /// `POST /v1/machines/{id}/services/{port}/grants`; the body may be empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct CreateGrant {
     /// Validity in seconds, 60 to 86,400; an hour if not given.
@@ -54,6 +58,7 @@ pub struct CreateGrant {
 
 /// Leave to use one service, and what came of it. The token itself is shown once, when it is made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Grant {
     /// What a revocation names.
     pub id: GrantId,
@@ -92,6 +97,7 @@ pub struct Grant {
 
 /// Answer to the making of a grant.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct IssuedGrant {
     /// The grant.
     pub grant: Grant,
@@ -107,6 +113,7 @@ pub struct IssuedGrant {
 
 /// `GET /v1/machines/{id}/services/{port}/grants`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct GrantList {
     /// Newest first, at most a thousand.
     pub grants: Vec<Grant>,
@@ -114,6 +121,7 @@ pub struct GrantList {
 
 /// `PATCH /v1/machines/{id}/services/{port}`: only what is given changes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct PatchService {
     /// What a request must show.
@@ -126,6 +134,7 @@ pub struct PatchService {
 
 /// `POST /v1/edge-keys/rotate`; the body may be empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct RotateEdgeKey {
     /// Tokens of earlier keys are refused from now on, instead of until they expire.
@@ -134,6 +143,7 @@ pub struct RotateEdgeKey {
 
 /// A key that signs, or still vouches for, edge tokens. The secret never leaves the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct EdgeKey {
     /// As it stands in tokens.
     pub id: String,
@@ -145,6 +155,7 @@ pub struct EdgeKey {
 
 /// `GET /v1/edge-keys`, and the answer to a rotation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct EdgeKeyList {
     /// Newest first.
     pub keys: Vec<EdgeKey>,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 /// Addresses that clients on this host use, and where the token for them is.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Endpoints {
     /// The native API, for example `http://127.0.0.1:7070`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -19,11 +20,13 @@ pub struct Endpoints {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ssh: Option<SshEndpoint>,
     /// File with the bearer token of all of them.
+    #[cfg_attr(feature = "schema", schema(value_type = String))]
     pub token_file: PathBuf,
 }
 
 /// Where the SSH gateway listens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SshEndpoint {
     /// Address or host name.
     pub host: String,

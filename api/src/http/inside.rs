@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 /// `GET /v1/machines/{id}/processes`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct ProcessList {
     /// Oldest first: what runs, and what ended last.
     pub processes: Vec<ProcessEntry>,
@@ -15,6 +16,7 @@ pub struct ProcessList {
 
 /// `GET /v1/machines/{id}/processes/{pid}/logs`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Logs {
     /// Standard output, invalid UTF-8 replaced.
     pub stdout: String,
@@ -35,6 +37,7 @@ pub struct Logs {
 
 /// `POST /v1/machines/{id}/processes/{pid}/stdin`.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct WriteStdin {
     /// Text for standard input.
@@ -45,6 +48,7 @@ pub struct WriteStdin {
 
 /// `POST /v1/machines/{id}/processes/{pid}/kill`; the body may be empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct KillProcess {
     /// Signal number for the whole group.
@@ -151,6 +155,7 @@ pub enum StreamEvent {
 
 /// What is at a path: `POST /v1/machines/{id}/files/stat`, `…/exists`, `…/mkdir`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct FilePath {
     /// Absolute path.
@@ -162,6 +167,7 @@ pub struct FilePath {
 
 /// `POST /v1/machines/{id}/files/list`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct ListFiles {
     /// Absolute path of a directory.
@@ -182,6 +188,7 @@ pub struct ListFiles {
 
 /// Answer to a list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct FileList {
     /// By name, each directory followed by what it holds.
     pub entries: Vec<FileEntry>,
@@ -191,6 +198,7 @@ pub struct FileList {
 
 /// `POST /v1/machines/{id}/files/remove`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RemoveFile {
     /// Absolute path.
@@ -205,6 +213,7 @@ pub struct RemoveFile {
 
 /// `POST /v1/machines/{id}/files/rename`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct RenameFile {
     /// Absolute path.
@@ -218,6 +227,7 @@ pub struct RenameFile {
 
 /// `POST /v1/machines/{id}/files/attributes`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SetAttributes {
     /// Absolute path.
@@ -231,6 +241,7 @@ pub struct SetAttributes {
 
 /// `GET /v1/machines/{id}/metrics`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Metrics {
     /// Unix time in milliseconds.
     pub at_unix_ms: u64,
@@ -256,6 +267,7 @@ pub struct Metrics {
 
 /// `GET /v1/machines/{id}/why`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Why {
     /// The machine.
     pub machine_id: MachineId,

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 /// What a user sees of a snapshot's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(rename_all = "snake_case")]
 pub enum SnapshotStatus {
     /// Being taken.
@@ -20,6 +21,7 @@ pub enum SnapshotStatus {
 
 /// How long a snapshot is kept when nobody uses it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Retention {
     /// Counted from the last use: its making, and every machine made from it.
     pub seconds: u64,
@@ -29,6 +31,7 @@ pub struct Retention {
 
 /// A snapshot: memory and disk of one instant, immutable.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Snapshot {
     /// Permanent identity.
     pub id: SnapshotId,
@@ -68,6 +71,7 @@ pub struct Snapshot {
 
 /// `POST /v1/machines/{id}/snapshots`; the body may be empty.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct CreateSnapshot {
     /// Unique label.
@@ -87,6 +91,7 @@ pub struct CreateSnapshot {
 
 /// `PATCH /v1/snapshots/{id}`: only what is given changes.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct PatchSnapshot {
     /// All of the metadata, anew.
@@ -104,6 +109,7 @@ fn given<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<u64>>, D::E
 
 /// `GET /v1/snapshots`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SnapshotList {
     /// Snapshots, oldest first.
     pub snapshots: Vec<Snapshot>,
@@ -114,6 +120,7 @@ pub struct SnapshotList {
 
 /// `POST /v1/machines/{id}/fork`; the body may be empty. Forks have the source's policies where none are given.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct ForkMachine {
     /// How many machines to make.
@@ -145,6 +152,7 @@ impl Default for ForkMachine {
 
 /// Answer to a fork.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct Forked {
     /// The snapshot, if it was to be kept.
     #[serde(skip_serializing_if = "Option::is_none")]

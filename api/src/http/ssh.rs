@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 /// `GET` and `POST /v1/machines/{id}/ssh-key`: what opens this machine and no other.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct MachineSshKey {
     /// In OpenSSH's format.
     pub private_key: String,
@@ -27,6 +28,7 @@ impl std::fmt::Debug for MachineSshKey {
 
 /// `POST /v1/ssh-keys`: a key that opens every machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct NewSshKey {
     /// For people; the key's comment if not given.
@@ -38,6 +40,7 @@ pub struct NewSshKey {
 
 /// `PATCH /v1/ssh-keys/{id}`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct PatchSshKey {
     /// For people.
@@ -46,6 +49,7 @@ pub struct PatchSshKey {
 
 /// A registered key.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SshKey {
     /// Its ID.
     pub id: SshKeyId,
@@ -61,6 +65,7 @@ pub struct SshKey {
 
 /// `GET /v1/ssh-keys`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SshKeyList {
     /// Oldest first.
     pub ssh_keys: Vec<SshKey>,
@@ -68,6 +73,7 @@ pub struct SshKeyList {
 
 /// `POST /v1/machines/{id}/ssh-access`: a certificate for this machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct SshAccessRequest {
     /// The key that is to be certified.
@@ -90,6 +96,7 @@ fn root() -> String {
 
 /// A certificate, and how to use it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SshAccess {
     /// Names the access.
     pub access_id: AccessId,
@@ -111,6 +118,7 @@ pub struct SshAccess {
 
 /// `GET /v1/ssh`: where the gateway is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 pub struct SshGateway {
     /// Where clients on this host find it.
     pub host: String,

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// One rule; everything that it names must match. The first rule that matches counts.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct WakeRule {
     /// Beginning of the path; with a `*`, the whole path, where `*` stands for any text.
@@ -27,6 +28,7 @@ pub struct WakeRule {
 
 /// The answer to a request that wakes nothing.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields, default)]
 pub struct WakeAnswer {
     /// HTTP status, 200 to 599.
@@ -50,6 +52,7 @@ impl Default for WakeAnswer {
 /// `GET` and `PUT /v1/machines/{id}/wake/filter`: which HTTP requests never wake the machine. It is looked at only
 /// while the machine sleeps.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(utoipa::ToSchema))]
 #[serde(deny_unknown_fields)]
 pub struct WakeFilter {
     /// In order.

@@ -1,6 +1,7 @@
 //! `/instance/{id}/exec` and `/exec/sse`: a command line, or a program and its arguments, answered at its end or as
 //! it goes. Neither has a time limit of ours.
 
+use super::super::answer::Events;
 use super::super::error::Failure;
 use super::super::extract::{Json as Body, Named};
 use super::super::facade::text::{Decoder, ascii_json};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::convert::Infallible;
 use torpor_api::http::ExecRequest;
+use utoipa::ToSchema;
 
 /// The longest that a command may run; the SDK knows no limit.
 const LONGEST_MS: u64 = 86_400_000;
@@ -26,13 +28,13 @@ const LINE: &str = "if command -v bash >/dev/null 2>&1; then exec bash -c \"$1\"
 /// is not an exit code is a failure of the host.
 const PROGRAM: &str = "exec \"$@\"";
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Exec {
     command: Vec<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Done {
     exit_code: i32,
     stdout: String,
@@ -126,7 +128,7 @@ pub(super) async fn stream(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(exec): Body<Exec>,
-) -> Result<impl IntoResponse, Failure> {
+) -> Result<Events, Failure> {
     let command = Command::from(request(exec)?);
     let session = fleet.inside(id, WakeSource::Api).open(command).await?;
     let lines = Lines {
@@ -143,5 +145,7 @@ pub(super) async fn stream(
         (header::CONTENT_TYPE, "text/event-stream"),
         (header::CACHE_CONTROL, "no-cache"),
     ];
-    Ok((headers, axum::body::Body::from_stream(body)))
+    Ok(Events(
+        (headers, axum::body::Body::from_stream(body)).into_response(),
+    ))
 }

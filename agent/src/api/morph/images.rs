@@ -6,12 +6,13 @@ use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use torpor_api::ErrorCode;
+use utoipa::ToSchema;
 
 /// What an image that the vendor has stands for here.
 const BASE: &str = "base";
 const VENDOR_IMAGES: &[&str] = &["morphvm-minimal", "morphvm-sandbox"];
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct Image {
     id: String,
     object: &'static str,
@@ -22,7 +23,7 @@ struct Image {
     created: u64,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Images {
     object: &'static str,
     data: Vec<Image>,

@@ -1,7 +1,8 @@
 //! `/instance`: started, listed, shown, paused, resumed, stopped.
 
+use super::super::answer::{Created, NoContent};
 use super::super::error::Failure;
-use super::super::extract::{Named, OptionalJson, Query};
+use super::super::extract::{Named, OptionalJson, Path, Query};
 use super::super::machines::to_the_end;
 use super::super::validate;
 use super::images;
@@ -11,13 +12,14 @@ use crate::machine::driver::PauseOrder;
 use crate::machine::fleet::{CreateOrder, Fleet, MachineQuery, PolicyRule, Reshape};
 use crate::store::MachineFilter;
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::marker::PhantomData;
 use torpor_api::http::{CreateMachine, Machine, MachineStatus, ResumeFrom, WakePolicy};
 use torpor_api::{ErrorCode, MachineId, ids};
+use utoipa::openapi::path::{Parameter, ParameterIn};
+use utoipa::{IntoParams, ToSchema};
 
 /// A whole list is read in pages of this size.
 const PAGE: u32 = 1000;
@@ -26,7 +28,7 @@ const DEFAULT_VCPUS: u8 = 1;
 const DEFAULT_MEMORY_MIB: u32 = 512;
 
 /// Body of a start. The SDK sends every key, `null` where nothing was said.
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Start {
     snapshot_id: Option<String>,
@@ -53,16 +55,57 @@ impl Shape {
     }
 }
 
-/// Keys and values of a query, several of which begin with `metadata[`.
-pub(super) type Pairs = Vec<(String, String)>;
+/// A query as keys and values, several of which begin with `metadata[`; `P` says what it may hold.
+#[derive(Deserialize)]
+#[serde(transparent)]
+pub(super) struct Pairs<P>(
+    pub(super) Vec<(String, String)>,
+    #[serde(skip)] pub(super) PhantomData<P>,
+);
 
-#[derive(Serialize)]
+impl<P: IntoParams> IntoParams for Pairs<P> {
+    fn into_params(within: impl Fn() -> Option<ParameterIn>) -> Vec<Parameter> {
+        P::into_params(within)
+    }
+}
+
+/// What a list is narrowed by.
+#[derive(IntoParams)]
+#[expect(dead_code, reason = "said in the documents, and read one by one")]
+pub(super) struct Narrowed {
+    /// `metadata[key]=value`, all of which have to be there.
+    #[param(style = DeepObject)]
+    metadata: Option<BTreeMap<String, String>>,
+}
+
+/// Likewise, and which page of it.
+#[derive(IntoParams)]
+#[expect(dead_code, reason = "said in the documents, and read one by one")]
+pub(super) struct NarrowedPage {
+    /// From 1.
+    #[param(minimum = 1, maximum = 100_000)]
+    page: Option<usize>,
+    #[param(minimum = 1, maximum = 100_000)]
+    limit: Option<usize>,
+    /// `metadata[key]=value`, all of which have to be there.
+    #[param(style = DeepObject)]
+    metadata: Option<BTreeMap<String, String>>,
+}
+
+/// What is started, if the body does not say it.
+#[derive(IntoParams)]
+#[expect(dead_code, reason = "said in the documents, and read one by one")]
+pub(super) struct Source {
+    snapshot_id: Option<String>,
+}
+
+#[derive(Serialize, ToSchema)]
 pub(super) struct List {
     data: Vec<Instance>,
 }
 
 /// `metadata[k]=v` and what else there is.
-pub(super) fn metadata_of(pairs: &Pairs) -> BTreeMap<String, String> {
+pub(super) fn metadata_of(pairs: &[(String, String)]) -> BTreeMap<String, String> {
     let named = pairs.iter().filter_map(|(key, value)| {
         let key = key.strip_prefix("metadata[")?.strip_suffix(']')?;
         Some((key.to_owned(), value.clone()))
@@ -71,7 +114,7 @@ pub(super) fn metadata_of(pairs: &Pairs) -> BTreeMap<String, String> {
 }
 
 /// The value of a key that is a number.
-pub(super) fn number(pairs: &Pairs, key: &str, default: usize) -> Result<usize, Failure> {
+pub(super) fn number(pairs: &[(String, String)], key: &str, default: usize) -> Result<usize, Failure> {
     let Some((_, text)) = pairs.iter().find(|(name, _)| name == key) else {
         return Ok(default);
     };
@@ -83,7 +126,7 @@ pub(super) fn number(pairs: &Pairs, key: &str, default: usize) -> Result<usize, 
     }
 }
 
-async fn all(fleet: &Fleet, pairs: &Pairs) -> Result<Vec<Instance>, Failure> {
+async fn all(fleet: &Fleet, pairs: &[(String, String)]) -> Result<Vec<Instance>, Failure> {
     let query = MachineQuery {
         filter: MachineFilter {
             template: None,
@@ -112,7 +155,7 @@ async fn all(fleet: &Fleet, pairs: &Pairs) -> Result<Vec<Instance>, Failure> {
 
 pub(super) async fn list(
     State(fleet): State<Fleet>,
-    Query(pairs): Query<Pairs>,
+    Query(Pairs(pairs, _)): Query<Pairs<Narrowed>>,
 ) -> Result<Json<List>, Failure> {
     let data = all(&fleet, &pairs).await?;
     Ok(Json(List { data }))
@@ -120,27 +163,45 @@ pub(super) async fn list(
 
 pub(super) async fn list_pages(
     State(fleet): State<Fleet>,
-    Query(pairs): Query<Pairs>,
-) -> Result<Json<Value>, Failure> {
-    let instances = all(&fleet, &pairs).await?;
-    page("instances", instances, &pairs).map(Json)
+    Query(Pairs(pairs, _)): Query<Pairs<NarrowedPage>>,
+) -> Result<Json<InstancePage>, Failure> {
+    let (instances, place) = page(all(&fleet, &pairs).await?, &pairs)?;
+    Ok(Json(InstancePage { instances, place }))
 }
 
-/// One page of a list, with where it stands among the others.
-pub(super) fn page<T: Serialize>(key: &str, items: Vec<T>, pairs: &Pairs) -> Result<Value, Failure> {
+/// Where a page stands among the others.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Place {
+    total: usize,
+    page: usize,
+    size: usize,
+    total_pages: usize,
+    has_next: bool,
+    has_prev: bool,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct InstancePage {
+    instances: Vec<Instance>,
+    #[serde(flatten)]
+    place: Place,
+}
+
+/// One page of a list.
+pub(super) fn page<T>(items: Vec<T>, pairs: &[(String, String)]) -> Result<(Vec<T>, Place), Failure> {
     let (page, size) = (number(pairs, "page", 1)?, number(pairs, "limit", 50)?);
     let total = items.len();
-    let n_pages = total.div_ceil(size);
-    let shown: Vec<T> = items.into_iter().skip((page - 1) * size).take(size).collect();
-    Ok(json!({
-        key: shown,
-        "total": total,
-        "page": page,
-        "size": size,
-        "total_pages": n_pages,
-        "has_next": page < n_pages,
-        "has_prev": page > 1,
-    }))
+    let total_pages = total.div_ceil(size);
+    let shown = items.into_iter().skip((page - 1) * size).take(size).collect();
+    let place = Place {
+        total,
+        page,
+        size,
+        total_pages,
+        has_next: page < total_pages,
+        has_prev: page > 1,
+    };
+    Ok((shown, place))
 }
 
 /// What an instance goes on from: a snapshot, or else an image of this name.
@@ -168,9 +229,9 @@ async fn source_of(fleet: &Fleet, text: &str) -> Result<CreateMachine, Failure> 
 
 pub(super) async fn start(
     State(fleet): State<Fleet>,
-    Query(pairs): Query<Pairs>,
+    Query(Pairs(pairs, _)): Query<Pairs<Source>>,
     OptionalJson(body): OptionalJson<Start>,
-) -> Result<(StatusCode, Json<Instance>), Failure> {
+) -> Result<Created<Instance>, Failure> {
     let in_query = pairs.iter().find(|(key, _)| key == "snapshot_id");
     let source = body
         .snapshot_id
@@ -196,11 +257,11 @@ pub(super) async fn start(
         Ok(fleet.view(&id).await?)
     })
     .await?;
-    Ok((StatusCode::CREATED, Json(machine.into())))
+    Ok(Created(machine.into()))
 }
 
 /// Body of a reboot, and of a boot of a snapshot: only what is given changes.
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Reboot {
     vcpus: Option<u8>,
@@ -259,7 +320,7 @@ pub(super) async fn boot(
     State(fleet): State<Fleet>,
     Path(snapshot): Path<String>,
     OptionalJson(body): OptionalJson<Reboot>,
-) -> Result<(StatusCode, Json<Instance>), Failure> {
+) -> Result<Created<Instance>, Failure> {
     let ttl = Ttl::new(body.ttl_seconds, body.ttl_action);
     let create = CreateMachine {
         lease: ttl.lease(None)?,
@@ -283,7 +344,7 @@ pub(super) async fn boot(
         }
     })
     .await?;
-    Ok((StatusCode::CREATED, Json(machine.into())))
+    Ok(Created(machine.into()))
 }
 
 async fn reshaped(fleet: &Fleet, id: &MachineId, body: &Reboot) -> Result<Machine, Failure> {
@@ -298,9 +359,9 @@ pub(super) async fn show(State(fleet): State<Fleet>, Named(id): Named) -> Result
     Ok(Json(fleet.view(&id).await?.into()))
 }
 
-pub(super) async fn stop(State(fleet): State<Fleet>, Named(id): Named) -> Result<StatusCode, Failure> {
+pub(super) async fn stop(State(fleet): State<Fleet>, Named(id): Named) -> Result<NoContent, Failure> {
     fleet.delete(&id, PauseOrder::by("api")).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn pause(State(fleet): State<Fleet>, Named(id): Named) -> Result<Json<Instance>, Failure> {

@@ -5,8 +5,9 @@ use serde::Serialize;
 use std::collections::BTreeMap;
 use torpor_api::http::{self, Machine, MachineStatus, ServiceAuth, ServiceKind, SnapshotStatus};
 use torpor_api::{Lease, LeaseAction};
+use utoipa::ToSchema;
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Status {
     Pending,
@@ -16,7 +17,7 @@ pub(super) enum Status {
     Error,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Spec {
     pub(super) vcpus: u8,
     /// MiB.
@@ -25,13 +26,13 @@ pub(super) struct Spec {
     pub(super) disk_size: u32,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct Refs {
     snapshot_id: String,
     image_id: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct HttpService {
     name: String,
     port: u16,
@@ -39,26 +40,26 @@ struct HttpService {
     auth_mode: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct Networking {
     internal_ip: Option<String>,
     http_services: Vec<HttpService>,
 }
 
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize, ToSchema)]
 struct Ttl {
     ttl_seconds: Option<u64>,
     ttl_expire_at: Option<u64>,
     ttl_action: Option<&'static str>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct WakeOn {
     wake_on_ssh: bool,
     wake_on_http: bool,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Instance {
     id: String,
     object: &'static str,
@@ -142,7 +143,7 @@ impl From<Machine> for Instance {
     }
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum SnapshotState {
     Pending,
@@ -150,18 +151,18 @@ enum SnapshotState {
     Deleting,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct SnapshotRefs {
     image_id: String,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct SnapshotTtl {
     ttl_seconds: Option<u64>,
     ttl_expire_at: Option<u64>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Snapshot {
     id: String,
     object: &'static str,

@@ -1,19 +1,20 @@
 //! TTL, wake-on, metadata and HTTP services of an instance. All of them can be changed in any state.
 
 use super::super::error::Failure;
-use super::super::extract::{Json as Body, Named};
+use super::super::extract::{Json as Body, Named, Path};
 use super::super::machines::to_the_end;
 use super::super::validate;
 use super::model::Instance;
 use crate::machine::fleet::{Fleet, PolicyRule};
 use axum::Json;
-use axum::extract::{Path, State};
-use serde::Deserialize;
+use axum::extract::State;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use torpor_api::http::{PatchService, PatchWake, ServiceAuth, ServiceKind, ServiceSpec};
 use torpor_api::{LeaseAction, LeaseMode, LeasePolicy};
+use utoipa::ToSchema;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum TtlAction {
     Stop,
@@ -21,7 +22,7 @@ pub(super) enum TtlAction {
 }
 
 /// Body of a TTL.
-#[derive(Debug, Clone, Copy, Deserialize)]
+#[derive(Debug, Clone, Copy, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Ttl {
     ttl_seconds: Option<u64>,
@@ -57,14 +58,14 @@ impl Ttl {
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WakeOn {
     wake_on_ssh: Option<bool>,
     wake_on_http: Option<bool>,
 }
 
-#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum AuthMode {
     #[default]
@@ -72,7 +73,7 @@ enum AuthMode {
     ApiKey,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Expose {
     name: String,

@@ -3,6 +3,7 @@
 //! A snapshot of an image is one of an instance of that image that has just booted. Two calls with one digest get
 //! the same snapshot.
 
+use super::super::answer::{Created, NoContent};
 use super::super::error::Failure;
 use super::super::extract::{Json as Body, Named, OptionalJson, Query};
 use super::super::facade::disk_mib;
@@ -10,23 +11,22 @@ use super::super::machines::to_the_end;
 use super::super::snapshots::NamedSnapshot;
 use super::super::validate;
 use super::images;
-use super::instances::{self, Pairs, Shape, metadata_of, page};
+use super::instances::{self, Pairs, Place, Shape, metadata_of, page};
 use super::model::{Instance, Snapshot};
 use crate::machine::fleet::{Fleet, ForkOrder, TemplateSnapshotOrder};
 use crate::store::SnapshotFilter;
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use torpor_api::http::{CreateMachine, CreateSnapshot, ForkMachine, PatchSnapshot};
+use utoipa::{IntoParams, ToSchema};
 
 /// A whole list is read in pages of this size.
 const PAGE: u32 = 1000;
 const DEFAULT_IMAGE: &str = "morphvm-minimal";
 
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct OfImage {
     image_id: Option<String>,
@@ -38,7 +38,7 @@ pub(super) struct OfImage {
     ttl_seconds: Option<u64>,
 }
 
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct OfInstance {
     digest: Option<String>,
@@ -46,23 +46,75 @@ pub(super) struct OfInstance {
     ttl_seconds: Option<u64>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(as = NewSnapshotTtl)]
 pub(super) struct Ttl {
     ttl_seconds: Option<u64>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct List {
     data: Vec<Snapshot>,
 }
 
-fn value<'a>(pairs: &'a Pairs, key: &str) -> Option<&'a str> {
+#[derive(Serialize, ToSchema)]
+pub(super) struct SnapshotPage {
+    snapshots: Vec<Snapshot>,
+    #[serde(flatten)]
+    place: Place,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Branched {
+    snapshot: Option<Snapshot>,
+    instances: Vec<Instance>,
+}
+
+/// What a list is narrowed by.
+#[derive(IntoParams)]
+#[expect(dead_code, reason = "said in the documents, and read one by one")]
+pub(super) struct Wanted {
+    digest: Option<String>,
+    /// `metadata[key]=value`, all of which have to be there.
+    #[param(style = DeepObject)]
+    metadata: Option<BTreeMap<String, String>>,
+}
+
+/// Likewise, and which page of it.
+#[derive(IntoParams)]
+#[expect(dead_code, reason = "said in the documents, and read one by one")]
+pub(super) struct WantedPage {
+    /// From 1.
+    #[param(minimum = 1, maximum = 100_000)]
+    page: Option<usize>,
+    #[param(minimum = 1, maximum = 100_000)]
+    limit: Option<usize>,
+    digest: Option<String>,
+    /// `metadata[key]=value`, all of which have to be there.
+    #[param(style = DeepObject)]
+    metadata: Option<BTreeMap<String, String>>,
+}
+
+#[derive(IntoParams)]
+#[expect(dead_code, reason = "said in the documents, and read one by one")]
+pub(super) struct OfDigest {
+    digest: Option<String>,
+}
+
+#[derive(IntoParams)]
+#[expect(dead_code, reason = "said in the documents, and read one by one")]
+pub(super) struct HowMany {
+    #[param(minimum = 1, maximum = 64)]
+    count: Option<usize>,
+}
+
+fn value<'a>(pairs: &'a [(String, String)], key: &str) -> Option<&'a str> {
     let found = pairs.iter().find(|(name, _)| name == key);
     found.map(|(_, value)| value.as_str())
 }
 
-async fn all(fleet: &Fleet, pairs: &Pairs) -> Result<Vec<Snapshot>, Failure> {
+async fn all(fleet: &Fleet, pairs: &[(String, String)]) -> Result<Vec<Snapshot>, Failure> {
     let metadata = metadata_of(pairs);
     let (mut after, mut snapshots) = (None, Vec::new());
     loop {
@@ -89,7 +141,7 @@ async fn all(fleet: &Fleet, pairs: &Pairs) -> Result<Vec<Snapshot>, Failure> {
 
 pub(super) async fn list(
     State(fleet): State<Fleet>,
-    Query(pairs): Query<Pairs>,
+    Query(Pairs(pairs, _)): Query<Pairs<Wanted>>,
 ) -> Result<Json<List>, Failure> {
     let data = all(&fleet, &pairs).await?;
     Ok(Json(List { data }))
@@ -97,16 +149,16 @@ pub(super) async fn list(
 
 pub(super) async fn list_pages(
     State(fleet): State<Fleet>,
-    Query(pairs): Query<Pairs>,
-) -> Result<Json<Value>, Failure> {
-    let snapshots = all(&fleet, &pairs).await?;
-    page("snapshots", snapshots, &pairs).map(Json)
+    Query(Pairs(pairs, _)): Query<Pairs<WantedPage>>,
+) -> Result<Json<SnapshotPage>, Failure> {
+    let (snapshots, place) = page(all(&fleet, &pairs).await?, &pairs)?;
+    Ok(Json(SnapshotPage { snapshots, place }))
 }
 
 pub(super) async fn create(
     State(fleet): State<Fleet>,
     OptionalJson(body): OptionalJson<OfImage>,
-) -> Result<(StatusCode, Json<Snapshot>), Failure> {
+) -> Result<Created<Snapshot>, Failure> {
     let template = images::template(&fleet, body.image_id.as_deref().unwrap_or(DEFAULT_IMAGE)).await?;
     let shape = Shape {
         vcpus: body.vcpus,
@@ -133,15 +185,15 @@ pub(super) async fn create(
         snapshot: snapshot.into(),
     };
     let snapshot = to_the_end(async move { Ok(fleet.snapshot_template(order).await?) }).await?;
-    Ok((StatusCode::CREATED, Json(snapshot.into())))
+    Ok(Created(snapshot.into()))
 }
 
 pub(super) async fn of_instance(
     State(fleet): State<Fleet>,
     Named(id): Named,
-    Query(pairs): Query<Pairs>,
+    Query(Pairs(pairs, _)): Query<Pairs<OfDigest>>,
     OptionalJson(body): OptionalJson<OfInstance>,
-) -> Result<(StatusCode, Json<Snapshot>), Failure> {
+) -> Result<Created<Snapshot>, Failure> {
     let order = CreateSnapshot {
         digest: body.digest.or_else(|| value(&pairs, "digest").map(str::to_owned)),
         metadata: body.metadata.unwrap_or_default(),
@@ -150,14 +202,14 @@ pub(super) async fn of_instance(
     };
     validate::snapshot(&order)?;
     let snapshot = to_the_end(async move { Ok(fleet.snapshot(&id, order.into()).await?) }).await?;
-    Ok((StatusCode::CREATED, Json(snapshot.into())))
+    Ok(Created(snapshot.into()))
 }
 
 pub(super) async fn branch(
     State(fleet): State<Fleet>,
     Named(id): Named,
-    Query(pairs): Query<Pairs>,
-) -> Result<Json<Value>, Failure> {
+    Query(Pairs(pairs, _)): Query<Pairs<HowMany>>,
+) -> Result<Json<Branched>, Failure> {
     let count = instances::number(&pairs, "count", 1)?;
     let body = ForkMachine {
         count: u32::try_from(count).unwrap_or(u32::MAX),
@@ -170,11 +222,10 @@ pub(super) async fn branch(
         idempotency: None,
     };
     let forked = to_the_end(async move { Ok(fleet.fork(&id, order).await?) }).await?;
-    let instances: Vec<Instance> = forked.machines.into_iter().map(Instance::from).collect();
-    Ok(Json(json!({
-        "snapshot": forked.snapshot.map(Snapshot::from),
-        "instances": instances,
-    })))
+    Ok(Json(Branched {
+        snapshot: forked.snapshot.map(Snapshot::from),
+        instances: forked.machines.into_iter().map(Instance::from).collect(),
+    }))
 }
 
 pub(super) async fn show(NamedSnapshot(snapshot): NamedSnapshot) -> Json<Snapshot> {
@@ -184,9 +235,9 @@ pub(super) async fn show(NamedSnapshot(snapshot): NamedSnapshot) -> Json<Snapsho
 pub(super) async fn delete(
     State(fleet): State<Fleet>,
     NamedSnapshot(snapshot): NamedSnapshot,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     to_the_end(async move { Ok(fleet.delete_snapshot(&snapshot.id).await?) }).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 async fn change(

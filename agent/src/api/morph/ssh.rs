@@ -1,21 +1,22 @@
 //! SSH keys of instances and of the user. What opens which instance is the gateway's.
 
+use super::super::answer::{Created, NoContent};
 use super::super::error::Failure;
-use super::super::extract::{Json as Body, Named, OptionalJson};
+use super::super::extract::{Json as Body, Named, OptionalJson, Path};
 use super::super::machines::to_the_end;
 use crate::machine::fleet::Fleet;
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use torpor_api::ErrorCode;
 use torpor_api::http::{MachineSshKey, NewSshKey, SshKey};
+use utoipa::ToSchema;
 
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Nothing {}
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct InstanceKey {
     object: &'static str,
     private_key: String,
@@ -47,7 +48,7 @@ pub(super) async fn rotate(
     Ok(Json(key.into()))
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct UserKey {
     object: &'static str,
     id: String,
@@ -80,13 +81,13 @@ impl From<SshKey> for UserKey {
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct UserKeys {
     object: &'static str,
     data: Vec<UserKey>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NewKey {
     name: Option<String>,
@@ -94,7 +95,7 @@ pub(super) struct NewKey {
     expires: Option<u64>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct PatchKey {
     name: Option<String>,
@@ -123,13 +124,13 @@ pub(super) async fn user_keys(State(fleet): State<Fleet>) -> Result<Json<UserKey
 pub(super) async fn add_user_key(
     State(fleet): State<Fleet>,
     Body(new): Body<NewKey>,
-) -> Result<(StatusCode, Json<UserKey>), Failure> {
+) -> Result<Created<UserKey>, Failure> {
     no_expiry(new.expires)?;
     let key = NewSshKey {
         name: new.name,
         public_key: new.public_key,
     };
-    Ok((StatusCode::CREATED, Json(fleet.add_ssh_key(key).await?.into())))
+    Ok(Created(fleet.add_ssh_key(key).await?.into()))
 }
 
 pub(super) async fn user_key(
@@ -155,7 +156,7 @@ pub(super) async fn change_user_key(
 pub(super) async fn remove_user_key(
     State(fleet): State<Fleet>,
     Path(id): Path<String>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     fleet.remove_ssh_key(&id).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }

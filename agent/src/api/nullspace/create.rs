@@ -1,5 +1,6 @@
 //! `POST /v1/machines`. The SDK sends every key, most of them `null`.
 
+use super::super::answer::Created;
 use super::super::error::Failure;
 use super::super::extract::RawJson;
 use super::super::facade::disk_mib;
@@ -7,32 +8,32 @@ use super::super::machines::{idempotency, to_the_end};
 use super::super::validate;
 use super::model::{Info, TimeoutAction, stored_metadata};
 use crate::machine::fleet::{CreateOrder, Fleet};
-use axum::Json;
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::HeaderMap;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use torpor_api::http::{CreateMachine, WakePolicy};
 use torpor_api::{ErrorCode, LeaseMode, LeasePolicy};
+use utoipa::ToSchema;
 
 const DEFAULT_TIMEOUT_MS: u64 = 300_000;
 
 /// What becomes of the machine at its timeout, as older callers say it.
-#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum OnTimeout {
     Destroy,
     Pause,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Lifecycle {
     on_timeout: Option<OnTimeout>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 struct Network {
     #[serde(default)]
@@ -47,7 +48,7 @@ struct Network {
     allow_out: Option<Vec<String>>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Create {
     template: Option<String>,
@@ -179,7 +180,7 @@ pub(super) async fn create(
     State(fleet): State<Fleet>,
     headers: HeaderMap,
     RawJson(bytes, body): RawJson<Create>,
-) -> Result<(StatusCode, Json<Info>), Failure> {
+) -> Result<Created<Info>, Failure> {
     let idempotency = idempotency(&headers, &bytes)?;
     let template = body.template.as_deref().unwrap_or_default();
     let disk_mb = disk_mib(&fleet, template, body.disk_mb).await;
@@ -189,5 +190,5 @@ pub(super) async fn create(
         Ok(fleet.view(&id).await?)
     })
     .await?;
-    Ok((StatusCode::CREATED, Json(machine.into())))
+    Ok(Created(machine.into()))
 }

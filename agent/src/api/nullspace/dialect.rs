@@ -1,8 +1,10 @@
 //! Errors and IDs in Nullspace's words. The SDK picks the class of an exception by the code alone.
 
+use serde::Serialize;
 use serde_json::{Value, json};
 use torpor_api::http::Machine;
 use torpor_api::{ApiError, ErrorCode, ExecutionId};
+use utoipa::ToSchema;
 
 /// Status and code.
 pub(super) fn words(code: ErrorCode) -> (u16, &'static str) {
@@ -15,16 +17,26 @@ pub(super) fn words(code: ErrorCode) -> (u16, &'static str) {
     }
 }
 
+/// The body of a failure.
+#[derive(Serialize, ToSchema)]
+pub(super) struct ErrorBody {
+    error: String,
+    code: &'static str,
+    retryable: bool,
+    suggested_action: String,
+    request_id: String,
+}
+
 pub(super) fn shape(error: ApiError) -> (u16, Value) {
     let (status, code) = words(error.code);
-    let body = json!({
-        "error": error.error,
-        "code": code,
-        "retryable": error.retryable,
-        "suggested_action": error.suggested_action,
-        "request_id": error.request_id,
-    });
-    (status, body)
+    let body = ErrorBody {
+        error: error.error,
+        code,
+        retryable: error.retryable,
+        suggested_action: error.suggested_action,
+        request_id: error.request_id,
+    };
+    (status, json!(body))
 }
 
 fn random_of(execution: &ExecutionId) -> &str {

@@ -1,26 +1,26 @@
 //! `POST /v1/machines/{id}/exec` and processes: commands with or without a shell, waited for or not.
 
+use super::super::answer::NoContent;
 use super::super::error::Failure;
-use super::super::extract::{Json as Body, Named, OptionalJson};
+use super::super::extract::{Json as Body, Named, OptionalJson, Path};
 use super::super::validate;
 use super::machines::Nothing;
 use crate::inside::processes::{Command, SIGKILL};
 use crate::machine::fleet::{Fleet, WakeSource};
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use torpor_api::ErrorCode;
 use torpor_api::guest::ProcessEntry;
 use torpor_api::http::ExecRequest;
+use utoipa::ToSchema;
 
 const DEFAULT_TIMEOUT_SECS: u64 = 30;
 /// How a line comes to a shell.
 const SHELL: [&str; 2] = ["/bin/sh", "-c"];
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Exec {
     command: String,
@@ -72,11 +72,23 @@ impl Exec {
     }
 }
 
+/// Of a command in the background there is only the PID.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Ran {
+    pid: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_code: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stdout: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stderr: Option<String>,
+}
+
 pub(super) async fn run(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(exec): Body<Exec>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Ran>, Failure> {
     let request = exec.into_native()?;
     let inside = fleet.inside(id, WakeSource::Api);
     if request.background {
@@ -87,19 +99,24 @@ pub(super) async fn run(
             ..Command::from(request)
         };
         let pid = inside.start(command).await?;
-        return Ok(Json(json!({ "pid": pid })));
+        return Ok(Json(Ran {
+            pid,
+            exit_code: None,
+            stdout: None,
+            stderr: None,
+        }));
     }
     let result = inside.exec(request).await?;
-    Ok(Json(json!({
-        "pid": result.pid,
-        "exit_code": result.exit_code.unwrap_or(-1),
-        "stdout": result.stdout,
-        "stderr": result.stderr,
-    })))
+    Ok(Json(Ran {
+        pid: result.pid,
+        exit_code: Some(result.exit_code.unwrap_or(-1)),
+        stdout: Some(result.stdout),
+        stderr: Some(result.stderr),
+    }))
 }
 
 /// Nothing that the SDK does not know may be in it.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct ProcessInfo {
     pid: u32,
     command: String,
@@ -131,14 +148,14 @@ pub(super) async fn processes(
     Ok(Json(processes.collect()))
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Stdin {
     data: String,
 }
 
 /// Nothing that the SDK does not know may be in it.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Logs {
     stdout: String,
     stderr: String,
@@ -167,10 +184,10 @@ pub(super) async fn send_stdin(
     Named(id): Named,
     Path((_, pid)): Path<(String, u32)>,
     Body(stdin): Body<Stdin>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     let inside = fleet.inside(id, WakeSource::Api);
     inside.write_stdin(pid, stdin.data.as_bytes(), false).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn kill(
@@ -178,14 +195,14 @@ pub(super) async fn kill(
     Named(id): Named,
     Path((_, pid)): Path<(String, u32)>,
     OptionalJson(Nothing {}): OptionalJson<Nothing>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     let inside = fleet.inside(id, WakeSource::Api);
     match inside.kill(pid, SIGKILL).await {
-        Ok(()) => Ok(StatusCode::NO_CONTENT),
+        Ok(()) => Ok(NoContent),
         // Whoever cleans up after a process that has ended by itself has what they want.
         Err(error) if error.code == ErrorCode::ProcessNotFound => {
             inside.process(pid).await?;
-            Ok(StatusCode::NO_CONTENT)
+            Ok(NoContent)
         }
         Err(error) => Err(error.into()),
     }

@@ -3,6 +3,7 @@
 //! Relative paths are below the machine's own directory. Contents that come raw are streamed; what is in JSON is
 //! bounded like every body.
 
+use super::super::answer::{Contents, NoContent};
 use super::super::error::Failure;
 use super::super::extract::{Json as Body, LargeJson, Named, Query};
 use super::time::iso;
@@ -11,14 +12,12 @@ use crate::inside::files::WriteOptions;
 use crate::machine::fleet::{Fleet, WakeSource};
 use axum::Json;
 use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
-use axum::response::IntoResponse;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
 use torpor_api::guest::{FileEntry, FileType};
 use torpor_api::{ErrorCode, MachineId, limits};
+use utoipa::{IntoParams, ToSchema};
 
 /// Directory of relative paths on a machine that has none of its own.
 const DEFAULT_DIRECTORY: &str = "/workspace";
@@ -27,7 +26,7 @@ const MOST_ENTRIES: u64 = 10_000;
 /// Largest file that is answered in JSON.
 const MOST_READ_BYTES: u64 = limits::MAX_EXEC_OUTPUT as u64;
 
-#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 enum Encoding {
     #[default]
@@ -36,7 +35,7 @@ enum Encoding {
     Base64,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct At {
     path: String,
@@ -44,7 +43,7 @@ pub(super) struct At {
     user: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Read {
     path: String,
@@ -54,7 +53,7 @@ pub(super) struct Read {
     user: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Write {
     path: String,
@@ -65,7 +64,7 @@ pub(super) struct Write {
     user: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Rename {
     old_path: String,
@@ -74,7 +73,7 @@ pub(super) struct Rename {
     user: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 pub(super) struct Listed {
     #[serde(default = "default_directory")]
     path: String,
@@ -82,12 +81,34 @@ pub(super) struct Listed {
     user: Option<String>,
 }
 
+/// A path where there is no body.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct InQuery {
+    path: String,
+    user: Option<String>,
+}
+
+/// What is in a file.
+#[derive(Serialize, ToSchema)]
+pub(super) struct Content {
+    content: String,
+    encoding: Encoding,
+    /// Bytes.
+    size: usize,
+}
+
+#[derive(Serialize, ToSchema)]
+pub(super) struct Exists {
+    exists: bool,
+}
+
 fn default_directory() -> String {
     DEFAULT_DIRECTORY.to_owned()
 }
 
 /// Nothing that the SDK does not know may be in it.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct FileInfo {
     name: String,
     path: String,
@@ -155,7 +176,7 @@ pub(super) async fn read(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(body): Body<Read>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Content>, Failure> {
     let (inside, path) = at(&fleet, id, &body.path).await?;
     let mut download = inside.download(&path, (0, None), body.user).await?;
     let mut bytes = Vec::new();
@@ -173,9 +194,11 @@ pub(super) async fn read(
         Encoding::Base64 => STANDARD.encode(&bytes),
         Encoding::Utf8 => String::from_utf8_lossy(&bytes).into_owned(),
     };
-    Ok(Json(
-        json!({ "content": content, "encoding": encoding, "size": size }),
-    ))
+    Ok(Json(Content {
+        content,
+        encoding,
+        size,
+    }))
 }
 
 pub(super) async fn write(
@@ -203,22 +226,17 @@ pub(super) async fn write(
 pub(super) async fn download(
     State(fleet): State<Fleet>,
     Named(id): Named,
-    Query(at_path): Query<At>,
-) -> Result<impl IntoResponse, Failure> {
+    Query(at_path): Query<InQuery>,
+) -> Result<Contents, Failure> {
     let (inside, path) = at(&fleet, id, &at_path.path).await?;
     let download = inside.download(&path, (0, None), at_path.user).await?;
-    // What is in a guest is no page of ours.
-    let headers = [
-        (header::CONTENT_TYPE, "application/octet-stream"),
-        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
-    ];
-    Ok((headers, axum::body::Body::from_stream(download.into_stream())))
+    Ok(Contents(axum::body::Body::from_stream(download.into_stream())))
 }
 
 pub(super) async fn upload(
     State(fleet): State<Fleet>,
     Named(id): Named,
-    Query(at_path): Query<At>,
+    Query(at_path): Query<InQuery>,
     request: Request,
 ) -> Result<Json<FileInfo>, Failure> {
     let (inside, path) = at(&fleet, id, &at_path.path).await?;
@@ -246,10 +264,10 @@ pub(super) async fn exists(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(body): Body<At>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Exists>, Failure> {
     let (inside, path) = at(&fleet, id, &body.path).await?;
     let exists = inside.exists(&path, body.user).await?;
-    Ok(Json(json!({ "exists": exists })))
+    Ok(Json(Exists { exists }))
 }
 
 pub(super) async fn info(
@@ -275,10 +293,10 @@ pub(super) async fn remove(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(body): Body<At>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     let (inside, path) = at(&fleet, id, &body.path).await?;
     inside.remove(&path, true, body.user).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(super) async fn rename(

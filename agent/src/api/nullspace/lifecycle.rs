@@ -2,21 +2,22 @@
 //!
 //! An event keeps one ID for ever, made of its position in the host's sequence.
 
+use super::super::answer::Upgraded;
 use super::super::error::Failure;
-use super::super::extract::{Named, Query};
+use super::super::extract::{Named, Path, Query};
 use super::dialect::machine_id_of;
 use super::time::iso;
 use super::ws::upgrade;
 use crate::machine::fleet::Fleet;
 use axum::Json;
+use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::{Path, State};
-use axum::response::Response;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use torpor_api::http::Event;
 use torpor_api::{ErrorCode, ExecutionId, MachineId, ids};
+use utoipa::{IntoParams, ToSchema};
 
 /// How far back lists look.
 const KEPT: u32 = 5_000;
@@ -25,7 +26,7 @@ const PAGE: u32 = 500;
 const DEFAULT_LIMIT: usize = 50;
 const MAX_LIMIT: usize = 1000;
 
-#[derive(Debug, Clone, Deserialize, Default)]
+#[derive(Debug, Clone, Deserialize, Default, IntoParams)]
 #[serde(default)]
 pub(super) struct Wanted {
     offset: usize,
@@ -40,7 +41,7 @@ pub(super) struct Wanted {
     snapshot_id: Option<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub(super) struct Info {
     id: String,
     occurred_at: String,
@@ -64,7 +65,7 @@ pub(super) struct Info {
     metadata: Value,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct List {
     events: Vec<Info>,
     offset: usize,
@@ -280,16 +281,22 @@ struct Subscribe {
 pub(super) async fn watch_host(
     State(fleet): State<Fleet>,
     upgraded: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<Response, Failure> {
-    Ok(upgrade(upgraded)?.on_upgrade(move |socket| watch(socket, fleet, None)))
+) -> Result<Upgraded, Failure> {
+    let upgrade = upgrade(upgraded)?;
+    Ok(Upgraded(
+        upgrade.on_upgrade(move |socket| watch(socket, fleet, None)),
+    ))
 }
 
 pub(super) async fn watch_machine(
     State(fleet): State<Fleet>,
     Named(id): Named,
     upgraded: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<Response, Failure> {
-    Ok(upgrade(upgraded)?.on_upgrade(move |socket| watch(socket, fleet, Some(id))))
+) -> Result<Upgraded, Failure> {
+    let upgrade = upgrade(upgraded)?;
+    Ok(Upgraded(
+        upgrade.on_upgrade(move |socket| watch(socket, fleet, Some(id))),
+    ))
 }
 
 async fn say(socket: &mut WebSocket, frame: &Value) -> Result<(), axum::Error> {

@@ -1,27 +1,28 @@
 //! `/v1/machines/{id}`: listed, shown, hibernated, resumed, timed, destroyed.
 
+use super::super::answer::NoContent;
 use super::super::error::{Failure, cut};
 use super::super::extract::{Json as Body, Named, OptionalJson, Query};
 use super::create::lease;
 use super::dialect::{machine_id, pause_snapshot_id};
-use super::model::{Info, SnapshotInfo, Status, Timeout, TimeoutAction, stored_metadata};
+use super::model::{Info, Shown, SnapshotInfo, Status, Timeout, TimeoutAction, stored_metadata};
 use super::time::iso;
 use crate::machine::driver::PauseOrder;
 use crate::machine::fleet::{Fleet, MachineQuery, PolicyRule};
 use crate::store::MachineFilter;
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use torpor_api::http::{Machine, ResumeFrom};
 use torpor_api::{ErrorCode, MachineId};
+use utoipa::{IntoParams, ToSchema};
 
 const DEFAULT_PAGE: u32 = 100;
 const MAX_PAGE: u32 = 1000;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 pub(super) struct Page {
     state: Option<String>,
     template: Option<String>,
@@ -31,20 +32,20 @@ pub(super) struct Page {
     fields: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 pub(super) struct Fields {
     fields: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct List {
-    items: Vec<Value>,
+    items: Vec<Shown>,
     has_next: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     next_token: Option<MachineId>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct SetTimeout {
     timeout_ms: u64,
@@ -52,7 +53,7 @@ pub(super) struct SetTimeout {
 }
 
 /// A body in which nothing needs to be said.
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 pub(super) struct Nothing {}
 
 impl Page {
@@ -88,14 +89,14 @@ pub(super) fn metadata_filter(text: Option<&str>) -> Result<BTreeMap<String, Str
 }
 
 /// The machine, or those of its fields that were asked for.
-fn shown(machine: Machine, fields: Option<&str>) -> Value {
+fn shown(machine: Machine, fields: Option<&str>) -> Shown {
     let full = json!(Info::from(machine));
     let (Some(fields), Value::Object(full)) = (fields, &full) else {
-        return full;
+        return Shown(full);
     };
     let asked: Vec<&str> = fields.split(',').map(str::trim).collect();
     let kept = full.iter().filter(|(key, _)| asked.contains(&key.as_str()));
-    Value::Object(kept.map(|(key, value)| (key.clone(), value.clone())).collect())
+    Shown(kept.map(|(key, value)| (key.clone(), value.clone())).collect())
 }
 
 pub(super) async fn list(
@@ -149,14 +150,14 @@ pub(super) async fn show(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Query(fields): Query<Fields>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Shown>, Failure> {
     let machine = fleet.view(&id).await?;
     Ok(Json(shown(machine, fields.fields.as_deref())))
 }
 
-pub(super) async fn destroy(State(fleet): State<Fleet>, Named(id): Named) -> Result<StatusCode, Failure> {
+pub(super) async fn destroy(State(fleet): State<Fleet>, Named(id): Named) -> Result<NoContent, Failure> {
     fleet.delete(&id, PauseOrder::by("api")).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 /// What a paused machine holds, as a snapshot.

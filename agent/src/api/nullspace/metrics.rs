@@ -8,9 +8,10 @@ use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use torpor_api::ErrorCode;
+use utoipa::ToSchema;
 
 /// Nothing that the SDK does not know may be in it.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Metrics {
     timestamp: String,
     cpu_percent: f64,

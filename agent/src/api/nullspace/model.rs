@@ -2,17 +2,20 @@
 
 use super::dialect::{machine_id, pause_snapshot_id};
 use super::time::iso;
-use serde::Serialize;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value, json};
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use torpor_api::http::{Machine, MachineStatus};
 use torpor_api::{Lease, LeaseAction};
+use utoipa::openapi::{RefOr, Schema};
+use utoipa::{PartialSchema, ToSchema};
 
 /// Metadata here is any JSON object, and the fleet's is texts: an object with other values is kept whole under this
 /// key, beside its values as texts, by which lists are narrowed.
 const WHOLE: &str = "nullspace.metadata";
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Status {
     Creating,
@@ -63,7 +66,7 @@ impl Status {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum TimeoutAction {
     Destroy,
@@ -88,7 +91,7 @@ impl From<TimeoutAction> for LeaseAction {
     }
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 struct Config {
     vcpus: u8,
     memory_mb: u32,
@@ -96,7 +99,7 @@ struct Config {
 }
 
 /// What a machine's timeout is; the answer to setting one, too.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Timeout {
     timeout_ms: u64,
     timeout_action: TimeoutAction,
@@ -121,7 +124,8 @@ impl From<&Lease> for Timeout {
     }
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = MachineInfo)]
 pub(super) struct Info {
     id: String,
     status: Status,
@@ -129,8 +133,16 @@ pub(super) struct Info {
     template: String,
     created_at: String,
     metadata: Value,
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    timeout: Option<Timeout>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout_ms: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout_action: Option<TimeoutAction>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    timeout_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires_at: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remaining_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     cwd: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -140,6 +152,9 @@ pub(super) struct Info {
 impl From<Machine> for Info {
     fn from(machine: Machine) -> Self {
         let status = Status::of(&machine);
+        let timeout = machine.lease.as_ref().map(Timeout::from);
+        let timeout = timeout.as_ref();
+        let ends_at = timeout.and_then(|timeout| timeout.timeout_at.clone());
         Self {
             id: machine_id(&machine),
             status,
@@ -149,7 +164,11 @@ impl From<Machine> for Info {
                 disk_mb: machine.disk_mib,
             },
             created_at: iso(machine.created_unix_ms),
-            timeout: machine.lease.as_ref().map(Timeout::from),
+            timeout_ms: timeout.map(|timeout| timeout.timeout_ms),
+            timeout_action: timeout.map(|timeout| timeout.timeout_action),
+            timeout_at: ends_at.clone(),
+            expires_at: ends_at,
+            remaining_ms: timeout.and_then(|timeout| timeout.remaining_ms),
             snapshot_id: pause_snapshot_id(&machine).filter(|_| status == Status::Paused),
             metadata: shown_metadata(machine.metadata),
             template: machine.template,
@@ -158,8 +177,39 @@ impl From<Machine> for Info {
     }
 }
 
+/// A machine, or those of its fields that were asked for.
+pub(super) struct Shown(pub(super) Value);
+
+impl Serialize for Shown {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
+    }
+}
+
+impl PartialSchema for Shown {
+    fn schema() -> RefOr<Schema> {
+        match Info::schema() {
+            RefOr::T(Schema::Object(mut info)) => {
+                info.required.clear();
+                info.into()
+            }
+            other => other,
+        }
+    }
+}
+
+impl ToSchema for Shown {
+    fn name() -> Cow<'static, str> {
+        Cow::Borrowed("PartialMachineInfo")
+    }
+
+    fn schemas(schemas: &mut Vec<(String, RefOr<Schema>)>) {
+        Info::schemas(schemas);
+    }
+}
+
 /// A pause as a snapshot. Nothing that the SDK does not know may be in it.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub(super) struct SnapshotInfo {
     pub(super) id: String,
     pub(super) machine_id: String,

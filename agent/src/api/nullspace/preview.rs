@@ -2,42 +2,43 @@
 //! execution, so it outlives every pause.
 
 use super::super::error::{Failure, cut};
-use super::super::extract::{Json as Body, Named, OptionalJson, Query};
+use super::super::extract::{Json as Body, Named, OptionalJson, Path, Query};
 use super::super::machines::to_the_end;
 use super::super::validate;
 use super::dialect::machine_id;
 use super::time::iso;
 use crate::machine::fleet::Fleet;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use torpor_api::http::{
     CreateGrant, Grant, GrantStatus, GrantTransport, IssuedGrant, Machine, Service, ServiceAuth, ServiceKind,
     ServiceSpec,
 };
 use torpor_api::{ErrorCode, GrantId, MachineId, limits};
+use utoipa::{IntoParams, ToSchema};
 
 /// A URL that is asked for without saying for how long.
 const URL_SECONDS: u64 = *limits::EDGE_TOKEN_SECONDS.end();
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Expose {
     port: u16,
 }
 
-#[derive(Deserialize, Default)]
+#[derive(Deserialize, Default, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Sign {
     expires_in_seconds: Option<u64>,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 pub(super) struct OfPort {
     port: Option<u16>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Host {
     host: String,
     url: Option<String>,
@@ -47,7 +48,7 @@ pub(super) struct Host {
 }
 
 /// Nothing that the SDK does not know may be in it.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 struct GrantInfo {
     id: GrantId,
     machine_id: String,
@@ -71,7 +72,7 @@ struct GrantInfo {
     updated_at: String,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct PreviewUrl {
     grant: GrantInfo,
     url: Option<String>,
@@ -80,12 +81,12 @@ pub(super) struct PreviewUrl {
     access_token_transport: &'static str,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Grants {
     items: Vec<GrantInfo>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Revoked {
     success: bool,
     grant: GrantInfo,

@@ -4,33 +4,35 @@
 //! so a machine that traffic does not wake is not woken, and is not ready.
 
 use super::super::error::Failure;
-use super::super::extract::{Named, OptionalJson};
+use super::super::extract::{Named, OptionalJson, Path};
 use super::dialect::machine_id;
 use super::time::iso;
 use crate::machine::fleet::{Fleet, WakeSource};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use torpor_api::{ErrorCode, MachineId};
+use utoipa::ToSchema;
 
 /// One try may take as long.
 const ONE_TRY: Duration = Duration::from_secs(5);
 const MAX_TIMEOUT_SECS: u64 = 300;
 const MIN_INTERVAL_MS: u64 = 50;
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
+#[schema(as = ProbeKind)]
 enum Kind {
     #[default]
     Tcp,
     Http,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct Probe {
     kind: Kind,
@@ -51,7 +53,7 @@ impl Default for Probe {
 }
 
 /// Nothing that the SDK does not know may be in it.
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Readiness {
     ready: bool,
     route_ready: bool,

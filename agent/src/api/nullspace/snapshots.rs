@@ -1,8 +1,9 @@
 //! `/v1/snapshots`, and snapshots and forks of a machine. A paused machine's memory is a snapshot, too: of that
 //! machine, for as long as it is paused, and for nobody else.
 
+use super::super::answer::{Created, NoContent};
 use super::super::error::{Failure, cut};
-use super::super::extract::{Named, OptionalJson, Query};
+use super::super::extract::{Named, OptionalJson, Path, Query};
 use super::super::machines::{idempotency, to_the_end};
 use super::dialect::machine_id_of;
 use super::machines::{Nothing, metadata_filter, pause_snapshot};
@@ -11,17 +12,18 @@ use super::time::iso;
 use crate::machine::fleet::{Fleet, ForkOrder, MachineQuery, SnapshotOrder};
 use crate::store::SnapshotFilter;
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode};
+use axum::extract::State;
+use axum::http::HeaderMap;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use torpor_api::http::{Machine, MachineStatus, Snapshot};
 use torpor_api::{ErrorCode, MachineId, SnapshotId};
+use utoipa::IntoParams;
 
 /// A whole list is read in pages of this size.
 const PAGE: u32 = 1000;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 pub(super) struct Wanted {
     machine_id: Option<String>,
     metadata: Option<String>,
@@ -68,13 +70,13 @@ pub(super) async fn create(
     Named(id): Named,
     headers: HeaderMap,
     OptionalJson(Nothing {}): OptionalJson<Nothing>,
-) -> Result<(StatusCode, Json<SnapshotInfo>), Failure> {
+) -> Result<Created<SnapshotInfo>, Failure> {
     let order = SnapshotOrder {
         idempotency: idempotency(&headers, id.as_str().as_bytes())?,
         ..SnapshotOrder::default()
     };
     let snapshot = to_the_end(async move { Ok(fleet.snapshot(&id, order).await?) }).await?;
-    Ok((StatusCode::CREATED, Json(snapshot.into())))
+    Ok(Created(snapshot.into()))
 }
 
 pub(super) async fn fork(
@@ -82,7 +84,7 @@ pub(super) async fn fork(
     Named(id): Named,
     headers: HeaderMap,
     OptionalJson(Nothing {}): OptionalJson<Nothing>,
-) -> Result<(StatusCode, Json<Info>), Failure> {
+) -> Result<Created<Info>, Failure> {
     let order = ForkOrder {
         idempotency: idempotency(&headers, id.as_str().as_bytes())?,
         ..ForkOrder::default()
@@ -90,7 +92,7 @@ pub(super) async fn fork(
     let forked = to_the_end(async move { Ok(fleet.fork(&id, order).await?) }).await?;
     let machine = forked.machines.into_iter().next();
     let machine = machine.ok_or_else(|| Failure::new(ErrorCode::SnapshotFailed, "the fork is gone again"))?;
-    Ok((StatusCode::CREATED, Json(machine.into())))
+    Ok(Created(machine.into()))
 }
 
 pub(super) async fn show(
@@ -107,10 +109,7 @@ pub(super) async fn show(
     }
 }
 
-pub(super) async fn delete(
-    State(fleet): State<Fleet>,
-    Path(id): Path<String>,
-) -> Result<StatusCode, Failure> {
+pub(super) async fn delete(State(fleet): State<Fleet>, Path(id): Path<String>) -> Result<NoContent, Failure> {
     if let Some(pause) = of_pause(&fleet, &id).await? {
         let message = format!(
             "snapshot {id} is the memory of machine {}, which is paused",
@@ -120,7 +119,7 @@ pub(super) async fn delete(
     }
     let id: SnapshotId = id.parse().map_err(|_| not_found(&id))?;
     to_the_end(async move { Ok(fleet.delete_snapshot(&id).await?) }).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 /// Snapshots outlive their machine, whose ID then resolves to nothing.

@@ -1,18 +1,18 @@
 //! `POST /v1/machines/{id}/ssh-access`: a certificate for the gateway, which finds the machine in it.
 
+use super::super::answer::Created;
 use super::super::error::Failure;
 use super::super::extract::{Json as Body, Named};
 use super::time::iso;
 use crate::machine::fleet::Fleet;
-use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use torpor_api::http::SshAccessRequest;
+use utoipa::ToSchema;
 
 const DEFAULT_MINUTES: u32 = 15;
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Request {
     public_key: String,
@@ -20,7 +20,7 @@ pub(super) struct Request {
     user: Option<String>,
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(super) struct Access {
     access_id: String,
     certificate: String,
@@ -36,7 +36,7 @@ pub(super) async fn grant(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Body(body): Body<Request>,
-) -> Result<(StatusCode, Json<Access>), Failure> {
+) -> Result<Created<Access>, Failure> {
     let request = SshAccessRequest {
         public_key: body.public_key,
         expires_in_minutes: body.expires_in_minutes.unwrap_or(DEFAULT_MINUTES),
@@ -53,5 +53,5 @@ pub(super) async fn grant(
         command: access.command,
         host_key: access.host_key,
     };
-    Ok((StatusCode::CREATED, Json(access)))
+    Ok(Created(access))
 }

@@ -4,21 +4,24 @@
 //! checks the whole, and renames or unpacks it. What is known of an upload lives in this process: after a restart
 //! its client begins again.
 
+mod model;
+
+use super::super::answer::{Created, NoContent};
 use super::super::error::Failure;
-use super::super::extract::{Json as Body, Named, OptionalJson};
+use super::super::extract::{Json as Body, Named, OptionalJson, Path};
+use super::super::machines::idempotency;
 use super::files::at;
 use super::time::iso;
 use crate::inside::Inside;
 use crate::inside::files::WriteOptions;
 use crate::inside::processes::Command;
 use crate::machine::fleet::{Fleet, WakeSource};
-use axum::extract::{Path, Request, State};
-use axum::http::{HeaderMap, StatusCode};
+use axum::extract::{Request, State};
+use axum::http::HeaderMap;
 use axum::{Extension, Json};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use model::{Begun, Complete, Completed, Conflict, Create, Kind, Limits, Session, Status};
 use sha2::{Digest, Sha256};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,74 +32,6 @@ const MOST_BYTES: u64 = 64 << 30;
 const MOST_AT_ONCE: u32 = 4;
 const MOST_UPLOADS: usize = 1024;
 const LIFE_MS: u64 = 24 * 3_600_000;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Kind {
-    File,
-    DirectoryTar,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum SourceKind {
-    RestartableFile,
-    SpooledStream,
-    DirectoryArchive,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Conflict {
-    Error,
-    Merge,
-    Replace,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum ArchiveFormat {
-    Tar,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-enum Checksum {
-    Sha256,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-enum Status {
-    Created,
-    Uploading,
-    Staged,
-    Completing,
-    Completed,
-    Aborted,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct Create {
-    kind: Kind,
-    source_kind: SourceKind,
-    target_path: String,
-    content_length: u64,
-    conflict: Conflict,
-    checksum_algorithm: Checksum,
-    archive_format: Option<ArchiveFormat>,
-    whole_checksum_sha256: Option<String>,
-    user: Option<String>,
-    #[serde(rename = "metadata")]
-    _metadata: Option<Map<String, Value>>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(deny_unknown_fields, default)]
-pub(super) struct Complete {
-    whole_checksum_sha256: Option<String>,
-}
 
 #[derive(Debug, Clone)]
 struct Upload {
@@ -141,46 +76,36 @@ impl Upload {
         }
     }
 
-    /// Nothing that the SDK does not know may be in it.
-    fn show(&self) -> Value {
-        let accepted: u64 = self.parts.iter().map(|part| self.part_bytes(*part)).sum();
-        let next = (0..self.n_parts()).find(|part| !self.parts.contains(part));
-        let mut shown = json!({
-            "upload_id": self.id,
-            "kind": self.order.kind,
-            "source_kind": self.order.source_kind,
-            "target_path": self.target,
-            "content_length": self.order.content_length,
-            "accepted_bytes": accepted,
-            "reserved_staging_bytes": self.order.content_length,
-            "part_size": PART_BYTES,
-            "part_count": self.n_parts(),
-            "max_concurrency": MOST_AT_ONCE,
-            "status": self.status,
-            "conflict": self.order.conflict,
-            "checksum_algorithm": self.order.checksum_algorithm,
-            "limits": {
-                "max_upload_bytes": MOST_BYTES,
-                "max_part_bytes": PART_BYTES,
-                "max_concurrency": MOST_AT_ONCE,
-                "machine_staging_quota_bytes": MOST_BYTES,
+    fn show(&self) -> Session {
+        let accepted = self.parts.iter().map(|part| self.part_bytes(*part));
+        Session {
+            upload_id: self.id.clone(),
+            kind: self.order.kind,
+            source_kind: self.order.source_kind,
+            target_path: self.target.clone(),
+            content_length: self.order.content_length,
+            accepted_bytes: accepted.sum(),
+            reserved_staging_bytes: self.order.content_length,
+            part_size: PART_BYTES,
+            part_count: self.n_parts(),
+            max_concurrency: MOST_AT_ONCE,
+            status: self.status,
+            conflict: self.order.conflict,
+            checksum_algorithm: self.order.checksum_algorithm,
+            limits: Limits {
+                max_upload_bytes: MOST_BYTES,
+                max_part_bytes: PART_BYTES,
+                max_concurrency: MOST_AT_ONCE,
+                machine_staging_quota_bytes: MOST_BYTES,
             },
-            "created_at": iso(self.created_unix_ms),
-            "updated_at": iso(self.updated_unix_ms),
-            "expires_at": iso(self.created_unix_ms.saturating_add(LIFE_MS)),
-        });
-        let optional = [
-            ("user", json!(self.order.user)),
-            ("next_part", json!(next)),
-            ("archive_format", json!(self.order.archive_format)),
-            ("whole_checksum_sha256", json!(self.order.whole_checksum_sha256)),
-        ];
-        for (key, value) in optional {
-            if !value.is_null() {
-                shown[key] = value;
-            }
+            created_at: iso(self.created_unix_ms),
+            updated_at: iso(self.updated_unix_ms),
+            expires_at: iso(self.created_unix_ms.saturating_add(LIFE_MS)),
+            user: self.order.user.clone(),
+            next_part: (0..self.n_parts()).find(|part| !self.parts.contains(part)),
+            archive_format: self.order.archive_format,
+            whole_checksum_sha256: self.order.whole_checksum_sha256.clone(),
         }
-        shown
     }
 }
 
@@ -232,7 +157,7 @@ pub(super) async fn create(
     Named(machine): Named,
     headers: HeaderMap,
     Body(order): Body<Create>,
-) -> Result<(StatusCode, Json<Value>), Failure> {
+) -> Result<Created<Begun>, Failure> {
     if order.content_length > MOST_BYTES {
         return Err(failed(format!("content_length is more than {MOST_BYTES}")));
     }
@@ -242,10 +167,7 @@ pub(super) async fn create(
     let upload = Upload {
         id: format!("upl_{random:032x}"),
         machine,
-        key: headers
-            .get("idempotency-key")
-            .and_then(|key| key.to_str().ok())
-            .map(str::to_owned),
+        key: idempotency(&headers, &[])?.map(|idempotency| idempotency.key),
         order,
         target,
         parts: BTreeSet::new(),
@@ -254,14 +176,16 @@ pub(super) async fn create(
         updated_unix_ms: now,
     };
     let upload = uploads.insert(upload, now)?;
-    Ok((StatusCode::CREATED, Json(json!({ "session": upload.show() }))))
+    Ok(Created(Begun {
+        session: upload.show(),
+    }))
 }
 
 pub(super) async fn show(
     Extension(uploads): Extension<Uploads>,
     Named(machine): Named,
     Path((_, id)): Path<(String, String)>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Session>, Failure> {
     Ok(Json(uploads.find(&machine, &id)?.show()))
 }
 
@@ -297,7 +221,7 @@ pub(super) async fn put_part(
     Named(machine): Named,
     Path((_, id, part)): Path<(String, String, u64)>,
     request: Request,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Session>, Failure> {
     let upload = uploads.find(&machine, &id)?;
     if !matches!(
         upload.status,
@@ -407,7 +331,7 @@ pub(super) async fn complete(
     Named(machine): Named,
     Path((_, id)): Path<(String, String)>,
     OptionalJson(body): OptionalJson<Complete>,
-) -> Result<Json<Value>, Failure> {
+) -> Result<Json<Completed>, Failure> {
     let upload = uploads.find(&machine, &id)?;
     if upload.status == Status::Completed {
         return Ok(Json(completed(&upload, 1)));
@@ -434,12 +358,12 @@ pub(super) async fn complete(
     Ok(Json(completed(&changed.unwrap_or(upload), outcome?)))
 }
 
-fn completed(upload: &Upload, n_files: u64) -> Value {
-    json!({
-        "session": upload.show(),
-        "published_bytes": upload.order.content_length,
-        "published_file_count": n_files,
-    })
+fn completed(upload: &Upload, n_files: u64) -> Completed {
+    Completed {
+        session: upload.show(),
+        published_bytes: upload.order.content_length,
+        published_file_count: n_files,
+    }
 }
 
 pub(super) async fn abort(
@@ -447,7 +371,7 @@ pub(super) async fn abort(
     Extension(uploads): Extension<Uploads>,
     Named(machine): Named,
     Path((_, id)): Path<(String, String)>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     let upload = uploads.find(&machine, &id)?;
     uploads.change(&id, fleet.now_unix_ms(), |upload| upload.status = Status::Aborted);
     let inside = fleet.inside(machine, WakeSource::Api);
@@ -460,5 +384,5 @@ pub(super) async fn abort(
         Err(error) if error.code == ErrorCode::FileNotFound => {}
         Err(error) => return Err(error.into()),
     }
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }

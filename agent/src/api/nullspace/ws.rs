@@ -7,6 +7,7 @@
 mod exec;
 mod pty;
 
+use super::super::answer::Upgraded;
 use super::super::error::Failure;
 use super::super::extract::{Named, Query};
 use super::dialect::words;
@@ -16,13 +17,13 @@ use crate::machine::fleet::{Fleet, WakeSource};
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::response::Response;
 use futures_util::{SinkExt, StreamExt};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use torpor_api::ErrorCode;
+use utoipa::IntoParams;
 
 pub(super) use pty::{kill, list, resize, show};
 
@@ -33,7 +34,7 @@ const MAX_FRAME_BYTES: usize = 1 << 20;
 /// What the vendor does, too; it also finds out who is gone.
 const PING_EVERY: Duration = Duration::from_secs(15);
 
-#[derive(Deserialize)]
+#[derive(Deserialize, IntoParams)]
 pub(super) struct Channel {
     channel: Option<String>,
 }
@@ -59,7 +60,7 @@ pub(super) async fn connect(
     Named(id): Named,
     Query(channel): Query<Channel>,
     upgraded: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-) -> Result<Response, Failure> {
+) -> Result<Upgraded, Failure> {
     let kind = match channel.channel.as_deref() {
         Some("exec") => Kind::Exec,
         Some("pty") => Kind::Pty,
@@ -69,7 +70,10 @@ pub(super) async fn connect(
         }
     };
     let inside = fleet.inside(id, WakeSource::Api);
-    Ok(upgrade(upgraded)?.on_upgrade(move |socket| serve(socket, inside, kind)))
+    let upgrade = upgrade(upgraded)?;
+    Ok(Upgraded(
+        upgrade.on_upgrade(move |socket| serve(socket, inside, kind)),
+    ))
 }
 
 /// The error frame of a request.

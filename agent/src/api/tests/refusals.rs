@@ -336,16 +336,18 @@ async fn every_bad_request_has_the_one_shape() {
         "invalid_request",
         "form",
     );
-    let utf8 = [
-        ("content-type", "application/json; charset=utf-8"),
-        ("idempotency-key", ""),
-    ];
-    assert_refused(
-        &send(&router, "POST", "/v1/machines", "{}", &utf8).await,
-        400,
-        "invalid_request",
-        "empty key",
-    );
+    for key in ["", "a b", "\t"] {
+        let utf8 = [
+            ("content-type", "application/json; charset=utf-8"),
+            ("idempotency-key", key),
+        ];
+        assert_refused(
+            &send(&router, "POST", "/v1/machines", "{}", &utf8).await,
+            400,
+            "invalid_request",
+            key,
+        );
+    }
     assert_eq!(
         call(&router, "GET", &machine, Value::Null).await.body["status"],
         "running"

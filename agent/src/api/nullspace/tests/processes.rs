@@ -42,6 +42,25 @@ async fn a_process_that_has_ended_can_be_killed_and_one_that_never_was_cannot() 
 }
 
 #[tokio::test]
+async fn what_is_no_process_is_refused_in_the_sdks_shape() {
+    let lab = Lab::new().await;
+    let (router, path) = paths(&lab);
+    for (pid, status, code) in [
+        ("4000000", StatusCode::NOT_FOUND, "process_not_found"),
+        ("-1", StatusCode::BAD_REQUEST, "invalid_request"),
+        ("x", StatusCode::BAD_REQUEST, "invalid_request"),
+    ] {
+        let stdin = format!("{path}/processes/{pid}/stdin");
+        let refused = call(&router, "POST", &stdin, json!({ "data": "" })).await;
+        assert_eq!(
+            (refused.status, &refused.body["code"]),
+            (status, &json!(code)),
+            "{pid}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn processes_and_terminals_are_listed_of_a_machine_that_slept() {
     let lab = Lab::new().await;
     let (router, path) = paths(&lab);

@@ -1,8 +1,9 @@
 //! Terminals: of one connection, and as a list. A terminal is a process with one; its ID says which, so that every
 //! connection finds it.
 
+use super::super::super::answer::NoContent;
 use super::super::super::error::Failure;
-use super::super::super::extract::{Json as Body, Named};
+use super::super::super::extract::{Json as Body, Named, Path};
 use super::super::super::validate;
 use super::{Outbox, failed, misread};
 use crate::inside::Inside;
@@ -11,8 +12,7 @@ use crate::inside::session::{Session, SessionEvent, SessionEvents, SessionInput}
 use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::http::StatusCode;
+use axum::extract::State;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
@@ -22,6 +22,7 @@ use std::collections::BTreeMap;
 use torpor_api::ErrorCode;
 use torpor_api::guest::{AttachSpec, ProcessEntry, WindowSize};
 use torpor_api::http::ExecRequest;
+use utoipa::ToSchema;
 
 /// A template may come without bash.
 const LOGIN_SHELL: &str = "if command -v bash >/dev/null 2>&1; then exec bash -l; fi; exec sh -l";
@@ -250,7 +251,7 @@ async fn follow(id: String, name: String, mut events: SessionEvents, outbox: Out
     }
 }
 
-#[derive(Serialize)]
+#[derive(Serialize, ToSchema)]
 pub(in crate::api::nullspace) struct Info {
     session_id: String,
     pid: u32,
@@ -259,7 +260,7 @@ pub(in crate::api::nullspace) struct Info {
     exec_id: String,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, ToSchema)]
 pub(in crate::api::nullspace) struct Size {
     cols: u16,
     rows: u16,
@@ -301,11 +302,11 @@ pub(in crate::api::nullspace) async fn kill(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Path((_, name)): Path<(String, String)>,
-) -> Result<StatusCode, Failure> {
+) -> Result<NoContent, Failure> {
     let inside = fleet.inside(id, WakeSource::Api);
     let (process, _) = find(&inside, &name).await?;
     inside.kill(process.pid, SIGKILL).await?;
-    Ok(StatusCode::NO_CONTENT)
+    Ok(NoContent)
 }
 
 pub(in crate::api::nullspace) async fn resize(
