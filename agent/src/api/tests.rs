@@ -369,6 +369,7 @@ async fn what_counts_as_activity_is_changed_field_by_field_and_bounded() {
     );
     world.touch(&id.parse().unwrap()).await.unwrap();
     let why = call(&router, "GET", &format!("/v1/machines/{id}/why"), Value::Null).await;
+    assert_eq!(why.body["because"], "booted by api");
     let sources = why.body["activity"].as_array().unwrap();
     let counts = |source: &str| {
         sources

@@ -244,6 +244,9 @@ impl Driver {
         }
         self.state = state;
         self.publish(effects);
+        if state == State::Running {
+            self.let_in();
+        }
         // The caller of a create is registered before anything can fail.
         if state == State::Creating
             && let Some(command) = self.commands.recv().await

@@ -224,6 +224,7 @@ impl Driver {
                 }
                 if self.state == State::Creating && self.operation.is_none() {
                     self.first.clone_from(&order.first);
+                    self.wake = order.clone();
                 }
                 if state != self.state {
                     self.report = None;

@@ -278,3 +278,21 @@ async fn a_guest_that_reboots_keeps_its_memory() {
     assert!(!next.is_finished());
     next.abort();
 }
+
+#[tokio::test]
+async fn a_machine_that_was_found_running_makes_room_too() {
+    let mut world = World::with(Settings {
+        max_running_mem_mib: 600,
+        idle_before_pause: Some(IDLE),
+        ..Settings::default()
+    });
+    let asleep = world.create().await;
+    world.pause(&asleep).await.unwrap();
+    let found = world.create().await;
+    world.settings.max_running_mem_mib = 300;
+    world.restart().await;
+    tokio::spawn(room::run(world.fleet.clone()));
+    world.clock.advance(IDLE);
+    world.touch(&asleep).await.unwrap();
+    assert_eq!(world.status(&found).await, MachineStatus::Paused);
+}

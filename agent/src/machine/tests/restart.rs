@@ -87,6 +87,15 @@ async fn after_a_power_cut_memory_is_rolled_back_or_lost_and_told() {
 }
 
 #[tokio::test]
+async fn who_is_inside_a_running_machine_finds_it_after_a_restart_without_waking_anything() {
+    let mut world = World::new();
+    let id = world.create().await;
+    world.restart().await;
+    assert!(world.fleet.enter_quietly(&id).is_some());
+    assert_eq!(world.count(&id, "machine.woken").await, 0);
+}
+
+#[tokio::test]
 async fn a_machine_that_was_being_created_is_rolled_back() {
     let mut world = World::new();
     let id = MachineId::generate();
