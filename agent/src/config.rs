@@ -330,6 +330,14 @@ impl Config {
         }
     }
 
+    /// A certificate is for names, so what has one is reached by name.
+    fn service_host(&self) -> String {
+        match self.proxy.tls_cert_file {
+            Some(_) => self.proxy.domain.clone(),
+            None => host_of(self.proxy.listen_ip),
+        }
+    }
+
     /// The part for the fleet.
     #[must_use]
     pub fn fleet(&self) -> Settings {
@@ -339,7 +347,8 @@ impl Config {
             drain_grace: Duration::from_millis(self.limits.drain_grace_ms),
             max_running_mem_mib: self.limits.max_running_mem_mib.unwrap_or_else(host_mib),
             idle_before_pause: self.limits.pause_idle_after_s.map(Duration::from_secs),
-            service_host: host_of(self.proxy.listen_ip),
+            service_host: self.service_host(),
+            service_tls: self.proxy.tls_cert_file.is_some(),
             warm_templates: self.templates.warm,
             endpoints: self.endpoints(),
         }

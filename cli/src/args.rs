@@ -4,7 +4,7 @@ mod options;
 mod ssh;
 
 pub(crate) use options::{
-    Activity, Cp, Create, Doctor, Events, Exec, Expose, Fork, Hide, Import, Keep, Kill, Lease, Logs,
+    Activity, Cp, Create, Doctor, Events, Exec, Expose, Fork, Grants, Hide, Import, Keep, Kill, Lease, Logs,
     OneMachine, Probe, Resume, Rm, Snapshots, Switch, Templates, Traffic, Url, Wake,
 };
 
@@ -147,8 +147,10 @@ Examples:
   torpor exec web -- uname -a
   torpor exec web -u dev -w /workspace -e CI=1 -- make test
   torpor exec -d web -- python3 -m http.server 8080
-  tar c src | torpor exec web -- sh -c 'wc -c'   # text, up to 512 KiB
+  torpor exec -t web -- bash
+  tar c src | torpor exec web -- tar x -C /workspace
 
+Output comes as it is written, over pauses of the machine, too. Ctrl-C ends the command, a second one the waiting.
 The exit code is the command's; 124 after --timeout, 125 if torpord refused, 126 if it could not be started.")]
     Exec(Exec),
     /// List the processes that commands started in a machine; does not wake it
@@ -159,10 +161,11 @@ The exit code is the command's; 124 after --timeout, 125 if torpord refused, 126
     /// Signal a process in a machine, and everything that it started
     #[command(after_help = "Examples:\n  torpor kill web 412\n  torpor kill web 412 --signal 15")]
     Kill(Kill),
-    /// Copy a file into a machine or out of it, waking it if need be
+    /// Copy a file or a directory into a machine or out of it, waking it if need be
     #[command(after_help = "\
 Examples:
   torpor cp model.bin web:/workspace/model.bin
+  torpor cp ./src web:/workspace/        # becomes /workspace/src
   torpor cp web:/var/log/app.log .")]
     Cp(Cp),
     /// Say why a machine is awake or asleep, and who woke it; does not wake it
@@ -178,8 +181,19 @@ Examples:
 Examples:
   torpor expose web 8080
   torpor expose web 8080 --name app
+  torpor expose web 8080 --auth token       # then: torpor grant create web 8080
   torpor expose db 5432 --tcp")]
     Expose(Expose),
+    /// Signed URLs of services that ask for a token
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  torpor grant create web 8080 --for 1h
+  torpor grant ls web 8080
+  torpor grant revoke web 8080 GRANT"
+    )]
+    Grant(Grants),
     /// Take a service away again
     #[command(after_help = "Examples:\n  torpor hide web 8080\n  torpor hide web app")]
     Hide(Hide),

@@ -3,11 +3,15 @@
 //! A connection per call: the command makes one or two. There is no time limit on an answer, since an exec takes
 //! as long as its command does.
 
+mod socket;
+
+pub(crate) use socket::{Incoming, Outgoing};
+
 use crate::args::Global;
 use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
-use hyper::body::{Body, Frame, Incoming};
+use hyper::body::{Body, Frame, Incoming as Answer};
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
@@ -39,6 +43,13 @@ pub(crate) enum CallError {
         at: String,
         #[source]
         source: hyper::Error,
+    },
+    /// A WebSocket broke off, or never came to be.
+    #[error("torpord at {at} broke off the connection")]
+    SocketBroke {
+        at: String,
+        #[source]
+        source: Box<tokio_tungstenite::tungstenite::Error>,
     },
     /// Whoever answers there is not torpord, or of another version.
     #[error("{at} answered {status}, which is not an answer of torpord: {text}")]
@@ -73,7 +84,7 @@ impl CallError {
             Self::Unreachable { .. } => {
                 "Start it with 'systemctl start torpord', or check --socket and --url."
             }
-            Self::BrokeOff { .. } => "Look at 'journalctl -u torpord'.",
+            Self::BrokeOff { .. } | Self::SocketBroke { .. } => "Look at 'journalctl -u torpord'.",
             Self::NotTorpord { .. } => "Check --socket and --url, and that both are of the same version.",
             Self::BadUrl { .. } => "Give the address of torpord's API; https needs a proxy in front of it.",
             Self::TokenFile { .. } => "Check --token-file.",
@@ -104,7 +115,7 @@ enum Endpoint {
 /// A body on its way here.
 pub(crate) struct Contents<'a> {
     client: &'a Client,
-    body: Incoming,
+    body: Answer,
 }
 
 impl Contents<'_> {
@@ -225,7 +236,7 @@ impl Client {
         self.collect(response).await
     }
 
-    async fn exchange<B>(&self, request: Request<B>) -> Result<Response<Incoming>, CallError>
+    async fn exchange<B>(&self, request: Request<B>) -> Result<Response<Answer>, CallError>
     where
         B: Body + Send + 'static,
         B::Data: Send,
@@ -259,7 +270,7 @@ impl Client {
     }
 
     /// A 2xx; anything else is an error.
-    async fn accepted(&self, response: Response<Incoming>) -> Result<Response<Incoming>, CallError> {
+    async fn accepted(&self, response: Response<Answer>) -> Result<Response<Answer>, CallError> {
         let status = response.status();
         if status.is_success() {
             return Ok(response);
@@ -271,7 +282,7 @@ impl Client {
         }
     }
 
-    async fn collect(&self, response: Response<Incoming>) -> Result<Bytes, CallError> {
+    async fn collect(&self, response: Response<Answer>) -> Result<Bytes, CallError> {
         let body = response.into_body().collect().await;
         Ok(body.map_err(|source| self.broke_off(source))?.to_bytes())
     }
@@ -329,7 +340,7 @@ fn read_token(path: &PathBuf) -> Result<String, CallError> {
     Ok(text.trim().to_owned())
 }
 
-async fn exchange<S, B>(stream: S, request: Request<B>) -> Result<Response<Incoming>, hyper::Error>
+async fn exchange<S, B>(stream: S, request: Request<B>) -> Result<Response<Answer>, hyper::Error>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     B: Body + Send + 'static,

@@ -1,9 +1,11 @@
 //! One function per command; each ends in an exit code.
 
+mod copy;
 mod doctor;
 mod env;
 mod events;
 mod exec;
+mod grants;
 mod host;
 mod inside;
 mod machines;
@@ -75,10 +77,11 @@ pub(crate) async fn run(arguments: Arguments) -> anyhow::Result<u8> {
         Command::Exec(exec) => exec::run(&context, exec).await,
         Command::Ps(one) => inside::ps(&context, &one.machine).await,
         Command::Kill(kill) => inside::kill(&context, &kill).await,
-        Command::Cp(cp) => inside::cp(&context, &cp).await,
+        Command::Cp(cp) => copy::cp(&context, &cp).await,
         Command::Why(one) => inside::why(&context, &one.machine).await,
         Command::Url(url) => services::url(&context, &url).await,
         Command::Expose(expose) => services::expose(&context, expose).await,
+        Command::Grant(grants) => grants::run(&context, grants).await,
         Command::Hide(hide) => services::hide(&context, &hide).await,
         Command::Logs(logs) => host::logs(&context, &logs).await,
         Command::Lease(lease) => policy::lease(&context, &lease).await,

@@ -63,6 +63,8 @@ pub struct Settings {
     pub idle_before_pause: Option<Duration>,
     /// Host part of service URLs.
     pub service_host: String,
+    /// Whether HTTP services are reached with TLS.
+    pub service_tls: bool,
     /// Where the APIs and the SSH gateway are reached.
     pub endpoints: Endpoints,
     /// Whether machines of a template begin with a restore once one of their shape has booted.
@@ -77,6 +79,7 @@ impl Default for Settings {
             max_running_mem_mib: 1 << 20,
             idle_before_pause: None,
             service_host: "127.0.0.1".to_owned(),
+            service_tls: false,
             endpoints: Endpoints::default(),
             warm_templates: false,
         }

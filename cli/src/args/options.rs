@@ -4,6 +4,7 @@ use crate::parse::{self, Publish};
 use clap::{Args, Subcommand, ValueEnum};
 use std::path::PathBuf;
 use std::time::Duration;
+use torpor_api::http::{GrantTransport, ServiceAuth};
 use torpor_api::{LeaseAction, LeaseMode, LeasePolicy, MachineName};
 
 #[derive(Debug, Args)]
@@ -253,14 +254,17 @@ pub(crate) struct Exec {
     /// Set an environment variable; may be repeated
     #[arg(long, short, value_name = "KEY=VALUE", value_parser = parse::pair)]
     pub(crate) env: Vec<(String, String)>,
-    /// Kill the command after so long [torpord's default: 30s]
+    /// Kill the command after so long [never; 30s with --json]
     #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
     pub(crate) timeout: Option<Duration>,
     /// Read standard input and pass it on; a pipe or a file is passed on anyway
     #[arg(long = "stdin", short = 'i')]
     pub(crate) with_stdin: bool,
+    /// Run it under a terminal, and pass keys on as they are
+    #[arg(long, short = 't', conflicts_with_all = ["detach", "json"])]
+    pub(crate) tty: bool,
     /// Do not pass standard input on, even if it is a pipe or a file
-    #[arg(long, short = 'n', conflicts_with = "with_stdin")]
+    #[arg(long, short = 'n', conflicts_with_all = ["with_stdin", "tty"])]
     pub(crate) no_stdin: bool,
     /// Name, machine ID or execution ID
     pub(crate) machine: String,
@@ -290,6 +294,85 @@ pub(crate) struct Expose {
     /// Raw TCP instead of HTTP
     #[arg(long)]
     pub(crate) tcp: bool,
+    /// What a request must show: nothing, the API's bearer token, or the token of a signed URL
+    #[arg(long, value_enum, default_value_t = Auth::None, conflicts_with = "tcp")]
+    pub(crate) auth: Auth,
+    /// Longest wait of a request for a wake; the host's own if not given
+    #[arg(long, value_name = "DURATION", value_parser = parse::duration)]
+    pub(crate) wake_deadline: Option<Duration>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Auth {
+    None,
+    ApiKey,
+    Token,
+}
+
+impl From<Auth> for ServiceAuth {
+    fn from(auth: Auth) -> Self {
+        match auth {
+            Auth::None => Self::None,
+            Auth::ApiKey => Self::ApiKey,
+            Auth::Token => Self::Token,
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Grants {
+    /// Make a signed URL of a service, and print it
+    #[command(
+        after_help = "Examples:\n  torpor grant create web 8080\n  torpor grant create web app --for 10m --transport websocket"
+    )]
+    Create {
+        /// Name, machine ID or execution ID
+        machine: String,
+        /// Port or name of the service
+        service: String,
+        /// How long it is good, from 1m to 1d [1h]
+        #[arg(long = "for", value_name = "DURATION", value_parser = parse::duration)]
+        expires: Option<Duration>,
+        /// What it is good for
+        #[arg(long, value_enum, default_value_t = Transport::Any)]
+        transport: Transport,
+    },
+    /// List the grants of a service and how they were used
+    #[command(visible_alias = "list", after_help = "Examples:\n  torpor grant ls web 8080")]
+    Ls {
+        /// Name, machine ID or execution ID
+        machine: String,
+        /// Port or name of the service
+        service: String,
+    },
+    /// Take signed URLs back
+    #[command(after_help = "Examples:\n  torpor grant revoke web 8080 GRANT")]
+    Revoke {
+        /// Name, machine ID or execution ID
+        machine: String,
+        /// Port or name of the service
+        service: String,
+        /// IDs of grants
+        #[arg(required = true)]
+        grants: Vec<String>,
+    },
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Transport {
+    Any,
+    Http,
+    Websocket,
+}
+
+impl From<Transport> for GrantTransport {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Any => Self::Any,
+            Transport::Http => Self::Http,
+            Transport::Websocket => Self::Websocket,
+        }
+    }
 }
 
 #[derive(Debug, Args)]

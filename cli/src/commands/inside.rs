@@ -1,13 +1,9 @@
-//! What goes on inside a machine: `ps`, `kill`, `cp`, and `why` it is awake or asleep.
+//! What goes on inside a machine: `ps`, `kill`, and `why` it is awake or asleep.
 
 use super::{Context, path};
-use crate::args::{Cp, Format, Kill};
-use crate::client::segment;
+use crate::args::Kill;
 use crate::output;
-use anyhow::{Context as _, bail};
 use http::Method;
-use std::fs::File;
-use std::io::{Read, Write};
 use std::time::Duration;
 use torpor_api::http::{KillProcess, ProcessList, Why};
 
@@ -94,77 +90,4 @@ fn explained(why: &Why) -> String {
         text.push_str(&format!("its lease has {left} left\n"));
     }
     text
-}
-
-/// Copies a file into a machine or out of it.
-pub(super) async fn cp(context: &Context, cp: &Cp) -> anyhow::Result<u8> {
-    match (remote(&cp.from), remote(&cp.to)) {
-        (None, Some((machine, there))) => upload(context, &cp.from, machine, there).await,
-        (Some((machine, there)), None) => download(context, machine, there, &cp.to).await,
-        _ => bail!(
-            "one of the two has to be MACHINE:/PATH and the other a file here\n  what to do: See 'torpor cp --help'."
-        ),
-    }
-}
-
-/// `MACHINE:/PATH`; anything else is a file here.
-fn remote(text: &str) -> Option<(&str, &str)> {
-    text.split_once(':')
-        .filter(|(machine, path)| !machine.is_empty() && !machine.contains('/') && path.starts_with('/'))
-}
-
-async fn upload(context: &Context, from: &str, machine: &str, to: &str) -> anyhow::Result<u8> {
-    let file = File::open(from).with_context(|| format!("cannot open {from}"))?;
-    // A directory is named by its slash, as with cp.
-    let name = from.rsplit('/').next().unwrap_or(from);
-    let to = if to.ends_with('/') {
-        format!("{to}{name}")
-    } else {
-        to.to_owned()
-    };
-    let route = format!("{}/files?path={}", path(machine), segment(&to));
-    let mut reader = file;
-    let answer = context
-        .client
-        .upload(&route, move || {
-            let mut chunk = vec![0; 256 << 10];
-            let len = reader.read(&mut chunk)?;
-            chunk.truncate(len);
-            Ok((len > 0).then(|| chunk.into()))
-        })
-        .await?;
-    if let Format::Json = context.format {
-        output::print_json(&answer)?;
-    }
-    Ok(0)
-}
-
-async fn download(context: &Context, machine: &str, from: &str, to: &str) -> anyhow::Result<u8> {
-    let route = format!("{}/files?path={}", path(machine), segment(from));
-    let mut contents = context.client.open(Method::GET, &route).await?;
-    let name = from.rsplit('/').next().unwrap_or(from);
-    let to = if std::path::Path::new(to).is_dir() {
-        format!("{to}/{name}")
-    } else {
-        to.to_owned()
-    };
-    let mut file = File::create(&to).with_context(|| format!("cannot make {to}"))?;
-    while let Some(bytes) = contents.next().await? {
-        file.write_all(&bytes)
-            .with_context(|| format!("cannot write {to}"))?;
-    }
-    Ok(0)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_a_machine_and_an_absolute_path_are_remote() {
-        assert_eq!(remote("web:/tmp/x"), Some(("web", "/tmp/x")));
-        for here in ["web", "web:x", ":/x", "./a:/b", "/a:/b", "C:x"] {
-            assert_eq!(remote(here), None, "{here}");
-        }
-    }
 }

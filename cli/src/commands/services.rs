@@ -6,7 +6,7 @@ use crate::client::segment;
 use crate::output;
 use anyhow::bail;
 use http::Method;
-use torpor_api::http::{Machine, Service, ServiceAuth, ServiceKind, ServiceSpec};
+use torpor_api::http::{Machine, Service, ServiceKind, ServiceSpec};
 
 /// Prints the URL of the one service meant, or of each with its name.
 pub(super) async fn url(context: &Context, asked: &Url) -> anyhow::Result<u8> {
@@ -69,8 +69,10 @@ pub(super) async fn expose(context: &Context, asked: Expose) -> anyhow::Result<u
         name: asked.name,
         port: asked.port,
         kind,
-        auth: ServiceAuth::None,
-        wake_deadline_ms: None,
+        auth: asked.auth.into(),
+        wake_deadline_ms: asked
+            .wake_deadline
+            .map(|wait| wait.as_secs().saturating_mul(1000)),
     };
     let path = format!("{}/services", path(&asked.machine));
     let answer = context.client.call_with(Method::POST, &path, &spec).await?;

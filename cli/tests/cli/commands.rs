@@ -1,6 +1,6 @@
 //! One test per promise of the command line.
 
-use crate::support::{FakeTorpord, stderr, stdout, torpor};
+use crate::support::{FakeTorpord, frame, stderr, stdout, torpor};
 use std::io::{Read, Write};
 use std::process::Stdio;
 
@@ -92,10 +92,24 @@ fn no_torpord_is_an_error_with_advice_and_wrong_usage_is_2() {
     }
 }
 
+/// What torpord's WebSocket says, as frames.
+fn text(json: &str) -> Vec<u8> {
+    frame(0x81, json.as_bytes())
+}
+
+fn output_of(stream: u8, bytes: &str) -> Vec<u8> {
+    frame(0x82, &[&[stream], bytes.as_bytes()].concat())
+}
+
 #[test]
-fn exec_passes_output_input_and_exit_code_through() {
-    let answer = r#"{"pid":7,"exit_code":42,"stdout":"out\n","stderr":"err\n","truncated":false}"#;
-    let torpord = FakeTorpord::answering(&[("POST /v1/machines/web/exec", 200, answer)]);
+fn exec_streams_output_both_ways_and_passes_the_exit_code_on() {
+    let said = [
+        text(r#"{"type":"started","pid":7,"serial":1}"#),
+        output_of(1, "out\n"),
+        output_of(2, "err\n"),
+        text(r#"{"type":"exit","exit_code":42,"timed_out":false}"#),
+    ];
+    let torpord = FakeTorpord::streaming("GET /v1/machines/web/exec/stream", said.concat());
     let mut child = torpord
         .command(&[
             "exec",
@@ -103,8 +117,6 @@ fn exec_passes_output_input_and_exit_code_through() {
             "A=1",
             "-w",
             "/tmp",
-            "-u",
-            "dev",
             "--timeout",
             "5s",
             "web",
@@ -125,29 +137,49 @@ fn exec_passes_output_input_and_exit_code_through() {
         ("out\n".to_owned(), "err\n".to_owned())
     );
     assert_eq!(output.status.code(), Some(42));
-    let expected = r#"{"argv":["sh","-c","-x"],"env":{"A":"1"},"cwd":"/tmp","user":"dev","stdin":"grüße","timeout_ms":5000,"background":false}"#;
-    assert_eq!(torpord.asked()[0].body, expected);
+    let asked = torpord.asked_once();
+    let start = r#"{"type":"start","command":{"argv":["sh","-c","-x"],"env":{"A":"1"},"cwd":"/tmp","timeout_ms":5000,"background":false},"stdin":true}"#;
+    assert_eq!(asked.body, start);
 }
 
 #[test]
 fn exec_tells_its_own_failures_from_the_commands() {
-    for (code, status, expected) in [
-        ("exec_timeout", 504, 124),
-        ("exec_failed", 502, 126),
-        ("machine_not_found", 404, 125),
+    for (code, expected) in [
+        ("exec_timeout", 124),
+        ("exec_failed", 126),
+        ("machine_not_found", 125),
     ] {
-        let body = NOT_FOUND.replace("machine_not_found", code);
-        let torpord = FakeTorpord::answering(&[("POST /v1/machines/web/exec", status, &body)]);
+        let error = NOT_FOUND.replace("machine_not_found", code);
+        let said = text(&format!(r#"{{"type":"error","error":{error}}}"#));
+        let torpord = FakeTorpord::streaming("GET /v1/machines/web/exec/stream", said);
         assert_eq!(
             torpord.run(&["exec", "web", "true"]).status.code(),
             Some(expected),
             "{code}"
         );
     }
+    let timed_out = text(r#"{"type":"exit","exit_code":137,"timed_out":true}"#);
+    let torpord = FakeTorpord::streaming("GET /v1/machines/web/exec/stream", timed_out);
+    assert_eq!(torpord.run(&["exec", "web", "true"]).status.code(), Some(124));
+    let refused = FakeTorpord::answering(&[("GET /v1/machines/web/exec/stream", 404, NOT_FOUND)]);
+    assert_eq!(refused.run(&["exec", "web", "true"]).status.code(), Some(125));
     let output = torpor(&["--socket", "/nonexistent", "exec", "web", "true"])
         .output()
         .unwrap();
     assert_eq!(output.status.code(), Some(125));
+}
+
+#[test]
+fn exec_as_json_is_one_answer() {
+    let answer = r#"{"pid":7,"exit_code":42,"stdout":"out\n","stderr":"err\n","truncated":false}"#;
+    let torpord = FakeTorpord::answering(&[("POST /v1/machines/web/exec", 200, answer)]);
+    let output = torpord.run(&["--json", "exec", "-u", "dev", "web", "true"]);
+    assert_eq!(
+        (stdout(&output), output.status.code()),
+        (format!("{answer}\n"), Some(42))
+    );
+    let expected = r#"{"argv":["true"],"user":"dev","background":false}"#;
+    assert_eq!(torpord.asked()[0].body, expected);
 }
 
 #[test]
@@ -165,7 +197,7 @@ fn exec_in_the_background_prints_the_pid() {
 fn too_much_input_is_refused_before_anything_runs() {
     let torpord = FakeTorpord::answering(&[]);
     let mut child = torpord
-        .command(&["exec", "web", "cat"])
+        .command(&["exec", "-d", "web", "cat"])
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

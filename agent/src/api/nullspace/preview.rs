@@ -166,7 +166,11 @@ pub(super) async fn host(
 ) -> Result<Json<Host>, Failure> {
     let (service, issued) = issued(fleet, id, body.port, None).await?;
     Ok(Json(Host {
-        host: service.url.trim_start_matches("http://").to_owned(),
+        host: service
+            .url
+            .split_once("://")
+            .map_or("", |(_, host)| host)
+            .to_owned(),
         url: issued.url,
         websocket_url: issued.websocket_url,
         access_token_expires_at: iso(issued.grant.expires_unix_ms),

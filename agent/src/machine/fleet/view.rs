@@ -85,6 +85,7 @@ impl Fleet {
     #[must_use]
     pub fn show_service(&self, service: ServiceRow) -> Service {
         let scheme = match service.kind {
+            ServiceKind::Http if self.shared.settings.service_tls => "https",
             ServiceKind::Http => "http",
             ServiceKind::Tcp => "tcp",
         };
