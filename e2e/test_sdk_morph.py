@@ -242,6 +242,31 @@ def test_snapshots_are_found_by_digest_and_branches_go_on_with_the_memory(client
         base.delete()
 
 
+def test_a_chain_of_commands_is_made_once_and_found_again(client, instance):
+    base = awake(instance).snapshot()
+    made = [base]
+    try:
+        made.append(base.exec("echo one >/workspace/chain"))
+        assert base.exec("echo one >/workspace/chain").id == made[1].id, "the same step is not run again"
+        made.append(made[1].exec("echo two >>/workspace/chain"))
+        assert made[2].digest == base.compute_chain_hash(
+            made[1].digest, "_run_command_effect()" + str({"command": "echo two >>/workspace/chain",
+                                                           "background": False, "get_pty": True}))
+        with pytest.raises(RuntimeError, match="exit code 3"):
+            made[2].exec("exit 3")
+        with client.instances.start(made[2].id) as last:
+            assert last.exec("cat /workspace/chain").stdout == "one\ntwo\n"
+        assert instance.exec("ls /workspace/chain").exit_code == 2, "the steps were done to others"
+    finally:
+        for snapshot in made:
+            snapshot.delete()
+
+
+def test_a_program_that_is_not_there_is_an_exit_code(instance):
+    done = awake(instance).exec(["no-such-program", "x"])
+    assert (done.exit_code, "no-such-program" in done.stderr) == (127, True)
+
+
 def test_ssh_wakes_runs_and_copies(instance, tmp_path):
     awake(instance).pause()
     with instance.ssh() as ssh:

@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import json
 import os
+import subprocess
 import time
 
 import pytest
@@ -11,7 +12,7 @@ import torpor
 
 sdk.use("nullspace")
 
-from nullspace import AsyncMachine, Machine, Snapshot  # noqa: E402
+from nullspace import AsyncMachine, Lifecycle, Machine, Snapshot  # noqa: E402
 from nullspace.errors import AuthError, ConflictError, MachineError, NotFoundError, NotImplementedError  # noqa: E402
 
 COUNTER = (torpor.GUEST_DIR / "counter.py").read_text()
@@ -162,6 +163,8 @@ def test_a_timeout_with_destroy_ends_the_machine():
             return False
         return True
     torpor.wait_for(gone, "the machine is destroyed")
+    last = Lifecycle().list_machine_events(machine.id).events[:2]
+    assert [event.operation.value for event in last] == ["destroy", "timeout_expired"]
 
 
 def test_what_cannot_be_is_refused_in_the_sdks_own_classes(machine):
@@ -274,6 +277,54 @@ def test_a_terminal_is_one(machine):
     assert (result.exit_code, b"40 100" in b"".join(seen)) == (7, True)
 
 
+def test_a_terminal_is_found_again_by_its_id(machine):
+    now = awake(machine)
+    session = now.pty.create_session(envs={"LEFT": "by-the-first"})
+    name = session.session_id
+    session.disconnect()
+    now.pause()
+    now = Machine.connect(now.id)
+    again, seen = now.pty.connect(session_id=name), []
+    now.pty.resize_session(name, cols=90, rows=20)
+    assert (now.pty.get_session_info(name).cols, again.pid) == (90, session.pid)
+    again.send_input("echo $LEFT; exit 3\n")
+    assert again.wait(on_data=seen.append, timeout=60).exit_code == 3
+    assert b"by-the-first" in b"".join(seen)
+    with pytest.raises(NotFoundError):
+        now.pty.kill_session(name)
+
+
+def test_ssh_with_a_certificate_wakes(machine, tmp_path):
+    now = awake(machine)
+    access = now.create_ssh_access(expires_in_minutes=10, key_dir=tmp_path)
+    assert access.user == "root" and access.certificate.startswith("ssh-ed25519-cert")
+    now.pause()
+    done = subprocess.run(f"{access.command} 'echo over ssh; exit 3'", shell=True, capture_output=True, timeout=120)
+    assert (done.stdout, done.returncode) == (b"over ssh\n", 3), done.stderr
+    assert Machine.get_info_by_id(now.id).status.value == "running"
+
+
+def test_events_come_as_they_happen(machine):
+    now, seen = awake(machine), []
+    subscription = Lifecycle().subscribe(on_event=seen.append)
+    try:
+        woken = Machine.connect(now.pause().machine_id)
+        torpor.wait_for(lambda: woken.id in [event.target_machine_id for event in seen], "the resume is told")
+        operations = [event.operation.value for event in seen if now.id in (event.machine_id, event.source_machine_id)]
+        assert operations[-2:] == ["hibernate", "resume_from_snapshot"]
+    finally:
+        subscription.stop()
+
+
+def test_a_process_ends_by_itself_is_waited_for_and_may_be_killed_all_the_same(machine):
+    process = awake(machine).commands.run("echo out; echo err >&2; exit 6", shell=True, background=True)
+    done = process.wait(timeout=60)
+    assert (done.exit_code, done.stdout, done.stderr) == (6, "out\n", "err\n")
+    process.kill()
+    with pytest.raises(NotFoundError):
+        machine.commands.kill(4_000_000)
+
+
 def test_snapshots_forks_and_what_happened(machine):
     now = awake(machine)
     now.commands.run("echo remembered >/dev/shm/note", shell=True)
@@ -286,6 +337,8 @@ def test_snapshots_forks_and_what_happened(machine):
         for one in (child, fork):
             assert one.id != now.id
             assert one.commands.run("cat", ["/dev/shm/note"]).stdout == "remembered\n"
+        forked = now.list_lifecycle(operation="fork").events[0]
+        assert (forked.source_machine_id, forked.target_machine_id) == (now.id, fork.id)
     finally:
         child.kill()
         fork.kill()
