@@ -1,6 +1,8 @@
 """The stages of the median wake as an SVG bar per system."""
 import statistics
 
+# Sums of the other stages.
+SUMS = {"torpor-wake", "wake"}
 COLOURS = ["#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#aa3377", "#bbbbbb"]
 WIDTH, ROW, LEFT = 900, 46, 190
 
@@ -8,7 +10,7 @@ WIDTH, ROW, LEFT = 900, 46, 190
 def median_stages(samples, system):
     """Ordered (stage, median ms) pairs; what no stage names is 'guest and network'."""
     wakes = [s for s in samples if s.get("kind") == "wake" and s["system"] == system and s.get("cache") == "hot"]
-    names = list(dict.fromkeys(name for wake in wakes for name in wake["stages_ms"] if name != "torpor-wake"))
+    names = list(dict.fromkeys(name for wake in wakes for name in wake["stages_ms"] if name not in SUMS))
     stages = [(name, statistics.median(wake["stages_ms"].get(name, 0) for wake in wakes)) for name in names]
     whole = statistics.median(wake["wake_ms"] for wake in wakes)
     return [*stages, ("guest and network", max(0, whole - sum(ms for _, ms in stages)))]
