@@ -56,6 +56,12 @@ def print_lasting(samples):
         first = statistics.median(sample[field] for sample in cycles[1:ENDS + 1])
         last = statistics.median(sample[field] for sample in cycles[-ENDS:])
         print(f"cycles 2-{ENDS + 1} against the last {ENDS} of {len(cycles)}: {field} {first:.1f} -> {last:.1f}")
+    for count in sorted({sample["concurrency"] for sample in samples if sample.get("kind") == "burst"}):
+        waits = [s["wake_ms"] for s in samples if s.get("kind") == "burst" and s["concurrency"] == count]
+        alone = statistics.median(s["wake_ms"] for s in samples if s.get("kind") == "wake" and s["system"] == "torpor")
+        share = percentile(waits, .99) / (alone * count / samples[0]["cores"])
+        print(f"{count} woken at once: all answered, p99 {percentile(waits, .99):.0f} ms, "
+              f"{share:.2f} of {count} single wakes on {samples[0]['cores']} cores")
     clones = [sample for sample in samples if sample.get("kind") == "clones"]
     if clones:
         one, many = clones[0], clones[-1]

@@ -2,9 +2,9 @@
 //! before there is any memory. It is anonymous, but for pages of an image that were mapped before the guest ran.
 //!
 //! Owns the mapping, the record of pages that the guest gave back, and the way to find which pages are the guest's
-//! own. [`lazy`] fills missing pages from an image, [`prefetch`] many of them at once. vCPUs and devices write to RAM at any time while the
-//! guest runs, so no reference into it is ever formed: everything goes through raw copies or
-//! [`GuestMemory`]'s volatile access.
+//! own. [`lazy`] fills missing pages from an image, [`prefetch`] many of them at once, and `recording` finds out which
+//! ones. vCPUs and devices write to RAM at any time while the guest runs, so no reference into it is ever formed:
+//! everything goes through raw copies or [`GuestMemory`]'s volatile access.
 //!
 //! Invariants: a page is *discarded* from the moment the balloon gives it back until the process ends;
 //! when absent it is zero, whatever an image says. A discarded page that the guest touches again is present,

@@ -157,9 +157,10 @@ impl Shared {
         let (file, offset) = self.source.file(pages.start).ok_or_else(unmappable)?;
         self.ram.map_file(pages.clone(), file, offset).map_err(failed)?;
         let len_bytes = (pages.end - pages.start) * PAGE_BYTES;
-        self.uffd
-            .map_single_pages(self.ram.hva(pages.start * PAGE_BYTES), len_bytes)
-            .map_err(failed)?;
+        let start = self.ram.hva(pages.start * PAGE_BYTES);
+        if let Err(error) = self.uffd.map_single_pages(start, len_bytes) {
+            tracing::debug!(?pages, %error, "working set will be recorded with neighbours of touched pages");
+        }
         self.filled.set(pages);
         Ok(())
     }
