@@ -20,9 +20,14 @@ class Guest:
     prepare: str = ""
 
 
+def file_server(mem_mib):
+    return Guest(mem_mib, "exec python3 -m http.server 8080 --directory /", HTTP_PORT, HTTP_REQUEST, b"HTTP/1.0 200")
+
+
 GUESTS = {
-    "http": Guest(256, "exec python3 -m http.server 8080 --directory /", HTTP_PORT, HTTP_REQUEST, b"HTTP/1.0 200"),
-    "big": Guest(4096, "exec python3 -m http.server 8080 --directory /", HTTP_PORT, HTTP_REQUEST, b"HTTP/1.0 200"),
+    "http": file_server(256),
+    "small": file_server(128),
+    "big": file_server(4096),
     "heap": Guest(2048, f'cd / && exec python3 -c "{HEAP_SERVER}"', HTTP_PORT, HTTP_REQUEST, b"HTTP/1.0 200"),
     "redis": Guest(256, "exec redis-server --bind 0.0.0.0 --protected-mode no --save ''", REDIS_PORT,
                    b"PING\r\n", b"+PONG", prepare="command -v redis-server || "

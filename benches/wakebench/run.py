@@ -108,10 +108,11 @@ def burst(recorder, guest, count):
     sides = [TorporSide(guest)]
     try:
         snapshot = sides[0].machine.snapshot()
-        sides.extend(TorporSide(guest, snapshot["id"]) for _ in range(count - 1))
-        for side in sides:
-            one_cycle(recorder, side, "hot", 1)
-            side.pause()
+        for number in range(count):
+            if number:
+                sides.append(TorporSide(guest, snapshot["id"]))
+            one_cycle(recorder, sides[-1], "hot", 1)
+            sides[-1].pause()
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             start = time.monotonic()
             samples = list(pool.map(lambda side: side.wake(), sides))
