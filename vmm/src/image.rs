@@ -11,7 +11,9 @@ mod working_set;
 
 pub use file::{ImageFile, PageError, PageSource, is_zero};
 pub use header::{Header, HeaderError, HostSignature, ImageLayout};
-pub use working_set::{Extent, bounded, decode_working_set, encode_working_set, with_probation};
+pub use working_set::{
+    Extent, MAX_BYTES, MAX_DOUBTED_BYTES, bounded, decode_working_set, encode_working_set, with_probation,
+};
 
 use std::fs::File;
 use std::io;

@@ -22,7 +22,7 @@ pub use restore::RestoreRequest;
 use crate::arch::{self, VcpuState, VmState};
 use crate::devices::{DeviceSet, DevicesState};
 use crate::image::persist::{Contents, Persist, PersistError};
-use crate::image::{Extent, HostSignature, ImageFile, ImageLayout};
+use crate::image::{Extent, HostSignature, ImageFile, ImageLayout, MAX_DOUBTED_BYTES, bounded};
 use crate::layout::PAGE_SIZE;
 use crate::memory::lazy::FillCounts;
 use crate::memory::{Backing, Ram};
@@ -332,7 +332,10 @@ impl Vm {
         };
         match lazy.take_working_set() {
             Ok(Some(set)) if has_answered => self.working_set = set,
-            Ok(Some(set)) => self.working_set = set.into_iter().map(Extent::doubted).collect(),
+            Ok(Some(set)) => {
+                let doubted = set.into_iter().map(Extent::doubted).collect();
+                self.working_set = bounded(doubted, MAX_DOUBTED_BYTES);
+            }
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "working set not recorded"),
         }

@@ -9,8 +9,11 @@ use crate::layout::PAGE_BYTES;
 use crate::pages::runs_by;
 use std::ops::Range;
 
-/// Most bytes of guest memory in a working set.
-pub const MAX_BYTES: u64 = 64 << 20;
+/// Most bytes of guest memory in a working set: its pages were touched before the first response byte, and a fault for
+/// each costs more than to bring them all.
+pub const MAX_BYTES: u64 = 256 << 20;
+/// The same for a set of which nobody knows what a wake needs.
+pub const MAX_DOUBTED_BYTES: u64 = 64 << 20;
 const HEADER_LEN: usize = 8;
 const EXTENT_LEN: usize = 8;
 /// One in so many windows of a set is made tentative for a wake, so that a set forgets what is no longer touched.
@@ -96,9 +99,9 @@ pub fn with_probation(set: &[Extent], generation: u64) -> Vec<Extent> {
     cut
 }
 
-/// As much of the set as an image takes.
+/// As much of the set as an image takes and `max_bytes` allow.
 #[must_use]
-pub fn bounded(set: Vec<Extent>) -> Vec<Extent> {
+pub fn bounded(set: Vec<Extent>, max_bytes: u64) -> Vec<Extent> {
     let most = usize::try_from(WORKING_SET_CAPACITY)
         .unwrap_or(0)
         .saturating_sub(HEADER_LEN)
@@ -106,7 +109,7 @@ pub fn bounded(set: Vec<Extent>) -> Vec<Extent> {
     let mut n_pages = 0;
     let within = |extent: &Extent| {
         n_pages += u64::from(extent.n_pages);
-        n_pages * PAGE_BYTES <= MAX_BYTES
+        n_pages * PAGE_BYTES <= max_bytes
     };
     set.into_iter().take_while(within).take(most).collect()
 }
@@ -198,7 +201,7 @@ mod tests {
 
     #[test]
     fn a_set_is_bounded_in_bytes() {
-        let set = bounded(extents(100_000));
+        let set = bounded(extents(100_000), MAX_BYTES);
         let n_pages: u64 = set.iter().map(|e| u64::from(e.n_pages)).sum();
         assert!(n_pages * PAGE_BYTES <= MAX_BYTES && n_pages * PAGE_BYTES > MAX_BYTES - (64 << 10));
     }

@@ -5,7 +5,7 @@
 //! windows are tentative. The next wake maps them, and then knows.
 
 use super::lazy::LazyMemory;
-use crate::image::{Extent, bounded};
+use crate::image::{Extent, MAX_BYTES, bounded};
 use crate::pages::{contains, runs_by, union};
 use std::io;
 use std::ops::Range;
@@ -54,7 +54,7 @@ impl LazyMemory {
             set.extend(runs.filter_map(|(run, written)| Some(Extent::new(run)?.with_written(written))));
         }
         set.sort_unstable_by_key(|extent| extent.pages(u64::MAX).start);
-        Ok(Some(bounded(set)))
+        Ok(Some(bounded(set, MAX_BYTES)))
     }
 }
 
