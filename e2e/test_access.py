@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torpor
-from test_ssh import HOST, PORT, options
+from test_ssh import HOST, PORT, keys_of, options
 from test_traffic import TCP_PORT, WebSocket, address, server  # noqa: F401 (fixture)
 
 OK = "ok"
@@ -18,13 +18,7 @@ UPGRADE = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Versi
 
 @pytest.fixture(scope="module")
 def keys(server, tmp_path_factory):  # noqa: F811
-    directory = tmp_path_factory.mktemp("keys")
-    key = torpor.call("GET", f"/v1/machines/{server.id}/ssh-key")
-    (directory / "own").write_text(key["private_key"])
-    (directory / "own").chmod(0o600)
-    gateway = torpor.call("GET", "/v1/ssh")
-    (directory / "known_hosts").write_text(f"[{HOST}]:{PORT} {gateway['host_key']}\n")
-    return directory
+    return keys_of(server, tmp_path_factory)
 
 
 def curl(machine, path, *more):

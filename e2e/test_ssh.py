@@ -16,8 +16,7 @@ def machine():
     made.delete()
 
 
-@pytest.fixture(scope="module")
-def keys(machine, tmp_path_factory):
+def keys_of(machine, tmp_path_factory):
     """A directory with the machine's own key and the gateway's host key."""
     directory = tmp_path_factory.mktemp("keys")
     key = torpor.call("GET", f"/v1/machines/{machine.id}/ssh-key")
@@ -25,6 +24,12 @@ def keys(machine, tmp_path_factory):
     (directory / "own").chmod(0o600)
     gateway = torpor.call("GET", "/v1/ssh")
     (directory / "known_hosts").write_text(f"[{HOST}]:{PORT} {gateway['host_key']}\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def keys(machine, tmp_path_factory):
+    directory = keys_of(machine, tmp_path_factory)
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", directory / "mine"], check=True)
     return directory
 

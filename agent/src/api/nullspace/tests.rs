@@ -36,6 +36,11 @@ async fn created(router: &Router, body: Value) -> Value {
     answer.body
 }
 
+/// The same; its ID.
+async fn created_id(router: &Router, body: Value) -> String {
+    created(router, body).await["id"].as_str().unwrap().to_owned()
+}
+
 fn no_nulls(value: &Value) -> bool {
     value
         .as_object()
@@ -178,7 +183,7 @@ async fn timeouts_and_auto_resume_go_together_or_are_refused() {
     }
     let mut body = resuming();
     body["volumes"] = json!([]);
-    let id = created(&router, body).await["id"].as_str().unwrap().to_owned();
+    let id = created_id(&router, body).await;
     let path = format!("/v1/machines/{id}/timeout");
     let lease = call(&router, "POST", &path, json!({ "timeout_ms": 1500 }))
         .await
@@ -261,10 +266,7 @@ async fn lists_are_narrowed_paged_and_cut_to_fields() {
 async fn a_port_keeps_its_url_over_resumes() {
     let world = World::new();
     let router = served(&world);
-    let id = created(&router, resuming()).await["id"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let id = created_id(&router, resuming()).await;
     let path = format!("/v1/machines/{id}/host");
     let host = call(&router, "POST", &path, json!({ "port": 8080 })).await.body;
     assert!(
@@ -348,7 +350,7 @@ async fn a_port_keeps_its_url_over_resumes() {
 async fn a_port_is_ready_when_something_answers_and_nobody_is_woken_to_find_out() {
     let world = World::new();
     let router = served(&world);
-    let id = created(&router, plain()).await["id"].as_str().unwrap().to_owned();
+    let id = created_id(&router, plain()).await;
     let path = format!("/v1/machines/{id}/ports/8080/readiness");
     let probe = || json!({ "kind": "tcp", "timeout_secs": 1, "interval_ms": 60 });
     let unready = call(&router, "POST", &path, probe()).await.body;

@@ -16,10 +16,7 @@ async fn operations(router: &Router, id: &str) -> Vec<String> {
 async fn a_machine_that_is_gone_is_asked_about_by_any_id_it_had() {
     let world = World::new();
     let router = served(&world);
-    let old = created(&router, resuming()).await["id"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let old = created_id(&router, resuming()).await;
     let path = format!("/v1/machines/{old}");
     call(&router, "POST", &format!("{path}/hibernate"), Value::Null).await;
     let resumed = call(&router, "POST", &format!("{path}/resume"), Value::Null).await;

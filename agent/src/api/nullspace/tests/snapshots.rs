@@ -6,10 +6,7 @@ use super::*;
 async fn snapshots_are_taken_listed_and_gone_on_from() {
     let world = World::new();
     let router = served(&world);
-    let id = created(&router, resuming()).await["id"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let id = created_id(&router, resuming()).await;
     let path = format!("/v1/machines/{id}");
     let taken = call(&router, "POST", &format!("{path}/snapshots"), Value::Null).await;
     assert_eq!(taken.status, StatusCode::CREATED, "{}", taken.body);
