@@ -19,6 +19,7 @@ mod source;
 pub use source::Backing;
 
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
+use crate::pages::runs_by;
 use crate::sys::kvm::SlotMapping;
 use crate::sys::pagemap::{Pagemap, Present};
 use std::io;
@@ -135,7 +136,7 @@ pub struct Ram {
     base: *mut libc::c_void,
     len: usize,
     discarded: PageBitmap,
-    /// Pages under which an image is mapped.
+    /// Pages under which an image was mapped: the kernel serves them, not userfaultfd.
     mapped: PageBitmap,
     /// Held while a miss is filled and while pages are discarded: a page can't come back from the image
     /// after it was given back.
@@ -334,7 +335,7 @@ impl Ram {
         }
     }
 
-    /// Whether an image is mapped under this page.
+    /// Whether an image was mapped under this page.
     #[must_use]
     pub fn is_mapped(&self, page: u64) -> bool {
         self.mapped.get(page)
@@ -369,27 +370,27 @@ impl Ram {
         else {
             return;
         };
-        let Ok(len) = usize::try_from(len_bytes) else {
-            return;
-        };
-        let _no_fill = self.fill.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        self.discarded
-            .set(offset / PAGE_BYTES..(offset + len_bytes) / PAGE_BYTES);
-        let start = self.hva(offset) as *mut libc::c_void;
         let pages = offset / PAGE_BYTES..(offset + len_bytes) / PAGE_BYTES;
-        let freed = if pages.clone().any(|page| self.mapped.get(page)) {
-            // What the image has must not show through, so there is nothing but empty memory from here on.
-            map_empty(start, len)
-        } else {
-            // SAFETY: the range is whole pages of our own private mapping; the guest gave up their contents.
-            match unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } {
-                0 => Ok(()),
-                _ => Err(io::Error::last_os_error()),
+        let _no_fill = self.fill.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.discarded.set(pages.clone());
+        for (run, is_mapped) in runs_by(pages, |page| self.is_mapped(page)) {
+            if let Err(error) = self.free(&run, is_mapped) {
+                // Present pages keep counting with their contents, so the image stays right; only memory is lost.
+                tracing::warn!(gpa, ?run, %error, "cannot free discarded pages");
             }
-        };
-        if let Err(error) = freed {
-            // Present pages keep counting with their contents, so the image stays right; only memory is lost.
-            tracing::warn!(gpa, len_bytes, %error, "cannot free discarded pages");
+        }
+    }
+
+    fn free(&self, pages: &Range<u64>, is_mapped: bool) -> io::Result<()> {
+        let (start, len) = self.range(pages)?;
+        if is_mapped {
+            // What the image has must not show through, so there is nothing but empty memory from here on.
+            return map_empty(start, len);
+        }
+        // SAFETY: the range is whole pages of our own private mapping; the guest gave up their contents.
+        match unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
         }
     }
 }

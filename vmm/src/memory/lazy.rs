@@ -275,7 +275,10 @@ impl Shared {
     }
 
     pub(super) fn kind(&self, page: u64) -> Kind {
-        if self.ram.is_discarded(page) {
+        // The kernel serves what was mapped, after it was given back, too: userfaultfd refuses to place anything there.
+        if self.ram.is_mapped(page) {
+            Kind::Filled
+        } else if self.ram.is_discarded(page) {
             Kind::Discarded
         } else if self.filled.get(page) {
             Kind::Filled

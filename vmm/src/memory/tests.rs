@@ -342,6 +342,20 @@ fn the_next_set_has_what_was_ahead_and_of_the_tentative_pages_those_that_were_to
 }
 
 #[test]
+fn a_fault_beside_mapped_pages_that_were_given_back_is_served() {
+    let guest = mappable(128);
+    let extents: Vec<_> = Extent::new(400..402).into_iter().collect();
+    guest.lazy.prefetch(&extents, Placement::Mapped).unwrap();
+    // Both of the mapping and of what userfaultfd fills.
+    guest.ram.discard(401 * PAGE_BYTES, 2 * PAGE_BYTES);
+    assert_eq!(number_at(&guest.memory, 403), 403);
+    assert_eq!(number_at(&guest.memory, 402), 0);
+    assert_eq!(number_at(&guest.memory, 401), 0);
+    drop(guest.lazy);
+    assert!(guest.failures.try_recv().is_err());
+}
+
+#[test]
 fn a_discarded_page_is_zero_and_never_comes_back_from_the_image() {
     let guest = lazy(128, None);
     assert_eq!(number_at(&guest.memory, 33), 33);

@@ -64,7 +64,11 @@ impl Guest {
         let mut guest = Self::boot();
         let file = Arc::new(file);
         let source = Arc::clone(&file) as Arc<dyn PageSource>;
-        let fail = Box::new(|error| panic!("{error}"));
+        // A panic would end the thread alone, and whoever waits for the page would wait for ever.
+        let fail = Box::new(|error| {
+            eprintln!("{error:?}");
+            std::process::abort();
+        });
         guest.backing =
             Some(LazyMemory::start(Arc::clone(&guest.ram), Uffd::open().unwrap(), source, fail).unwrap());
         guest.baseline = Some(Arc::clone(&file));
