@@ -203,6 +203,9 @@ impl Execution for WithGuest {
         signal(self.pid, "STOP");
         self.execution.freeze().await
     }
+    async fn pre_copy(&self) -> Result<(), HypervisorError> {
+        self.execution.pre_copy().await
+    }
     async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError> {
         self.execution.persist(generation).await
     }

@@ -151,6 +151,8 @@ pub struct LimitsConfig {
     pub max_running_mem_mib: Option<u32>,
     /// With it, a machine that nobody used for so many seconds is put to sleep when another one waits for memory.
     pub pause_idle_after_s: Option<u64>,
+    /// With it, what a machine has changed is written to its image so many seconds before its lease pauses it, too.
+    pub pre_copy_before_s: Option<u64>,
     /// Most machines that run at a time.
     pub max_running: u16,
     /// Most sleeping machines to which clients keep connections open; past it the oldest loses them.
@@ -221,6 +223,7 @@ impl Default for LimitsConfig {
             drain_grace_ms: 2000,
             max_running_mem_mib: None,
             pause_idle_after_s: None,
+            pre_copy_before_s: None,
             max_running: 256,
             max_parked: 256,
             blank_vmms: 2,
@@ -347,6 +350,7 @@ impl Config {
             drain_grace: Duration::from_millis(self.limits.drain_grace_ms),
             max_running_mem_mib: self.limits.max_running_mem_mib.unwrap_or_else(host_mib),
             idle_before_pause: self.limits.pause_idle_after_s.map(Duration::from_secs),
+            pre_copy_before: self.limits.pre_copy_before_s.map(Duration::from_secs),
             service_host: self.service_host(),
             service_tls: self.proxy.tls_cert_file.is_some(),
             warm_templates: self.templates.warm,

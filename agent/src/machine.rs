@@ -7,6 +7,7 @@
 //!   [`routes`] – which port leads to which machine.
 //! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
 //! * [`admission`] – memory of the host, first come, first served; [`room`] – who sleeps so that others can run.
+//! * [`pre_copy`] – memory that is written ahead of a lease's end.
 //! * [`usage`] – what shows use that nobody tells of.
 //! * [`clock`] – time, injected; [`dawn`] – who waits for a machine to run; [`error`] – the one error of operations.
 
@@ -20,6 +21,7 @@ pub mod gate;
 pub mod hypervisor;
 pub mod leases;
 pub mod lines;
+pub mod pre_copy;
 pub mod recovery;
 pub mod registry;
 pub mod retention;

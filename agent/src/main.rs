@@ -19,7 +19,7 @@ use torpor_agent::config::{Config, host_of};
 use torpor_agent::execution::Platform;
 use torpor_agent::machine::clock::SystemClock;
 use torpor_agent::machine::fleet::Fleet;
-use torpor_agent::machine::{leases, retention, room, usage};
+use torpor_agent::machine::{leases, pre_copy, retention, room, usage};
 use torpor_agent::ssh;
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
@@ -118,6 +118,7 @@ async fn run(config: &Config) -> Result<()> {
     let counting = tokio::spawn(fleet.clone().keep_grant_usage());
     tokio::spawn(retention::run(fleet.clone()));
     tokio::spawn(room::run(fleet.clone()));
+    tokio::spawn(pre_copy::run(fleet.clone()));
     tokio::spawn(usage::run(fleet.clone()));
 
     let ended = CancellationToken::new();

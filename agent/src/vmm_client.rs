@@ -154,6 +154,14 @@ impl VmmClient {
             .await
     }
 
+    /// Begin to write what the running guest has changed to the image.
+    ///
+    /// # Errors
+    /// See [`VmmClientError`].
+    pub async fn pre_copy(&self, image: &OwnedFd) -> Result<(), VmmClientError> {
+        self.done(Request::PreCopy, &[(FdRole::Image, image)]).await
+    }
+
     /// Run again from frozen, persisting or durable.
     ///
     /// # Errors
@@ -244,6 +252,7 @@ fn method_name(request: &Request) -> &'static str {
         Request::Restore { .. } => "restore",
         Request::Freeze => "freeze",
         Request::Persist { .. } => "persist",
+        Request::PreCopy => "pre_copy",
         Request::Run => "run",
         Request::FirstByte => "first_byte",
         Request::Dump => "dump",

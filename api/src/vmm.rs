@@ -101,6 +101,9 @@ pub enum Request {
         /// Generation that the new image gets.
         generation: u64,
     },
+    /// Write what the running guest has changed to the image (`Image`) ahead of a persist, which then has less to
+    /// write. The image is not valid until that persist.
+    PreCopy,
     /// Run a frozen, persisting or durable machine again; ends a persist under way.
     Run,
     /// The first response byte left: the working set is complete.
@@ -238,6 +241,9 @@ pub struct PersistStats {
     pub zero_pages: u64,
     /// Bytes written to the image, with state and checksums.
     pub written_bytes: u64,
+    /// Bytes written to it ahead, while the guest still ran.
+    #[serde(default)]
+    pub pre_copied_bytes: u64,
     /// From the persist request to the image durable, in microseconds.
     pub durable_us: u64,
 }

@@ -270,6 +270,10 @@ impl Control {
                     .persist(target, generation)
                     .map(|()| Reply::Done)
             }
+            Request::PreCopy => {
+                let target = File::from(files.take(FdRole::Image)?);
+                self.live("copy ahead")?.pre_copy(target).map(|()| Reply::Done)
+            }
             Request::Run => {
                 let (persist_cancelled, run_us) = self.live("run")?.run()?;
                 Ok(Reply::Ran {
@@ -387,6 +391,10 @@ impl Control {
                     message: chain(&error),
                 },
             },
+            VmEvent::PreCopyEnded { job, result } => {
+                vm.pre_copy_ended(job, result);
+                return None;
+            }
             VmEvent::GuestEnded(reason) => {
                 vm.end();
                 reason

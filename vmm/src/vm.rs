@@ -32,7 +32,7 @@ use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::Write;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Instant;
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, Shape, VmmState};
@@ -48,6 +48,13 @@ pub enum VmEvent {
         job: u64,
         /// How.
         result: Result<PersistStats, PersistError>,
+    },
+    /// A copy ahead ended.
+    PreCopyEnded {
+        /// Which.
+        job: u64,
+        /// How; what the image holds now.
+        result: Result<Arc<ImageFile>, PersistError>,
     },
 }
 
@@ -100,6 +107,10 @@ pub struct Vm {
     working_set: Vec<Extent>,
     /// Held by the thread that writes an image.
     writing: Arc<Mutex<()>>,
+    /// Ends a copy ahead that may be under way.
+    pre_copy_cancel: Arc<AtomicBool>,
+    /// Bytes that were copied ahead since the last persist.
+    pre_copied_bytes: Arc<AtomicU64>,
     n_jobs: u64,
     persisted: Option<PersistStats>,
 }
@@ -242,6 +253,75 @@ impl Vm {
         self.expect(matches!(self.phase, Phase::Frozen), "persist")?;
         let (vmstate, disk_generation) = self.frozen.clone().ok_or(VmError::NothingFrozen)?;
         self.record_working_set(false);
+        let contents = Contents {
+            generation,
+            disk_generation,
+            vmstate,
+            working_set: self.working_set.clone(),
+            ..self.no_contents()
+        };
+        let persist = self.writer(target, contents)?;
+        let (cancel, baseline) = (Arc::clone(&persist.cancel), Arc::clone(&persist.baseline));
+        self.pre_copy_cancel.store(true, Ordering::Release);
+        let pre_copied = Arc::clone(&self.pre_copied_bytes);
+        let job = self.write_image("persist", move |job| {
+            let result = persist.run().map(|stats| PersistStats {
+                pre_copied_bytes: pre_copied.swap(0, Ordering::AcqRel),
+                ..stats
+            });
+            VmEvent::PersistEnded { job, result }
+        })?;
+        self.phase = Phase::Persisting {
+            job,
+            cancel,
+            baseline,
+        };
+        Ok(())
+    }
+
+    /// Start writing what the guest has changed so far, while it runs on, so that the next persist has less to write.
+    ///
+    /// # Errors
+    /// Not running, or the file can't be used.
+    pub fn pre_copy(&mut self, target: File) -> Result<(), VmError> {
+        self.expect(matches!(self.phase, Phase::Running), "copy ahead")?;
+        let persist = self.writer(target, self.no_contents())?;
+        self.pre_copy_cancel.store(true, Ordering::Release);
+        self.pre_copy_cancel = Arc::clone(&persist.cancel);
+        let pre_copied = Arc::clone(&self.pre_copied_bytes);
+        self.write_image("pre-copy", move |job| {
+            let baseline = Arc::clone(&persist.baseline);
+            let result = persist.pre_copy().map(|n_bytes| {
+                pre_copied.fetch_add(n_bytes, Ordering::AcqRel);
+                baseline
+            });
+            VmEvent::PreCopyEnded { job, result }
+        })?;
+        Ok(())
+    }
+
+    /// A copy ahead ended: the next persist goes on from it, unless one has begun since without it.
+    pub fn pre_copy_ended(&mut self, job: u64, result: Result<Arc<ImageFile>, PersistError>) {
+        match result {
+            Ok(baseline) if self.n_jobs == job => self.baseline = Some(baseline),
+            Ok(_) | Err(PersistError::Cancelled) => {}
+            Err(error) => tracing::warn!(error = chain(&error), "changed pages not copied ahead"),
+        }
+    }
+
+    /// What goes into an image of which nothing is valid yet.
+    fn no_contents(&self) -> Contents {
+        Contents {
+            generation: 0,
+            disk_generation: 0,
+            n_vcpus: self.shape.vcpus,
+            vmstate: Vec::new(),
+            working_set: Vec::new(),
+            host: self.host.clone(),
+        }
+    }
+
+    fn writer(&self, target: File, contents: Contents) -> Result<Persist, VmError> {
         let in_place = self.in_place(&target)?;
         let fresh = in_place.is_none();
         let baseline = match in_place {
@@ -252,44 +332,39 @@ impl Vm {
                 Arc::new(ImageFile::empty(file, layout).map_err(VmError::ImageFile)?)
             }
         };
-        let cancel = Arc::new(AtomicBool::new(false));
-        let persist = Persist {
+        Ok(Persist {
             ram: Arc::clone(&self.ram),
             target,
             source: self.restored_from.clone().filter(|_| fresh),
             fresh,
-            contents: Contents {
-                generation,
-                disk_generation,
-                n_vcpus: self.shape.vcpus,
-                vmstate,
-                working_set: self.working_set.clone(),
-                host: self.host.clone(),
-            },
-            cancel: Arc::clone(&cancel),
+            contents,
+            cancel: Arc::default(),
             flush_disk: Box::new(self.read_devices().disk_flush()),
-            baseline: Arc::clone(&baseline),
-        };
+            baseline,
+        })
+    }
+
+    /// Run a job that writes an image on a thread of its own, after those before; its number.
+    fn write_image(
+        &mut self,
+        name: &str,
+        work: impl FnOnce(u64) -> VmEvent + Send + 'static,
+    ) -> Result<u64, VmError> {
         self.n_jobs += 1;
         let job = self.n_jobs;
         let events = Arc::clone(&self.events);
         let writing = Arc::clone(&self.writing);
         std::thread::Builder::new()
-            .name("persist".to_owned())
+            .name(name.to_owned())
             .spawn(move || {
                 // A cancelled one may still be on its way out. One that comes late sees its cancellation first.
                 let turn = writing.lock().unwrap_or_else(PoisonError::into_inner);
-                let result = persist.run();
+                let event = work(job);
                 drop(turn);
-                events(VmEvent::PersistEnded { job, result });
+                events(event);
             })
             .map_err(VmError::Thread)?;
-        self.phase = Phase::Persisting {
-            job,
-            cancel,
-            baseline,
-        };
-        Ok(())
+        Ok(job)
     }
 
     /// A persist thread reported. What the control connection is to be told, if that persist still counts.
@@ -378,13 +453,15 @@ impl Vm {
         self.phase = Phase::Exited;
     }
 
-    /// The baseline, if the target is its file.
+    /// What the target holds, if that is known: the baseline, or what this machine was restored from, which a copy ahead to
+    /// another file may have replaced as the baseline.
     fn in_place(&self, target: &File) -> Result<Option<Arc<ImageFile>>, VmError> {
-        let Some(baseline) = &self.baseline else {
-            return Ok(None);
-        };
-        let same = baseline.is_same_file(target).map_err(VmError::ImageFile)?;
-        Ok(same.then(|| Arc::clone(baseline)))
+        for image in self.baseline.iter().chain(&self.restored_from) {
+            if image.is_same_file(target).map_err(VmError::ImageFile)? {
+                return Ok(Some(Arc::clone(image)));
+            }
+        }
+        Ok(None)
     }
 }
 

@@ -133,6 +133,31 @@ mod kvm {
         }
     }
 
+    /// A first image, one that is rewritten in place, and one to which the freeze comes before the copy is done.
+    #[test]
+    fn an_image_that_was_begun_while_its_machine_was_busy_equals_a_full_dump() {
+        let bench = Bench::new(2);
+        let mut vmm = bench.boot(BUSY);
+        bench.machine.wait_tick_after(1);
+        for generation in 1..=3 {
+            let image = vec![(FdRole::Image, bench.image().into())];
+            assert_eq!(vmm.call(Request::PreCopy, image), Ok(Reply::Done));
+            if generation < 3 {
+                bench.machine.wait_tick_after(bench.tick() + 1);
+            }
+            vmm.freeze();
+            bench.persist_and_compare(&mut vmm, generation);
+            assert!(image::read_header(&bench.image()).unwrap().valid);
+            if generation == 2 {
+                vmm.kill();
+                vmm = bench.restore(2);
+            } else {
+                vmm.run();
+            }
+            bench.machine.wait_tick_after(bench.tick());
+        }
+    }
+
     #[test]
     fn every_image_of_a_busy_machine_equals_a_full_dump_byte_for_byte() {
         let bench = Bench::new(2);

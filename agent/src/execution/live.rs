@@ -5,6 +5,7 @@
 //! keep a disk that another may be given. Every persist has an attempt number; a run raises it, so a persist that
 //! was overtaken can never put a manifest in place.
 
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -195,16 +196,20 @@ impl VmmExecution {
         number
     }
 
-    async fn persist_attempt(&self, number: u64, generation: u64) -> Result<PersistStats, HypervisorError> {
+    async fn open_image(&self) -> Result<OwnedFd, HypervisorError> {
         let files = self.files.clone();
-        let image = blocking(ErrorCode::PauseFailed, move || {
+        blocking(ErrorCode::PauseFailed, move || {
             let image = files.open_image_for_persist();
             image.map_err(images_error(
                 ErrorCode::PauseFailed,
                 "cannot open the memory image",
             ))
-        });
-        let image = image.await?;
+        })
+        .await
+    }
+
+    async fn persist_attempt(&self, number: u64, generation: u64) -> Result<PersistStats, HypervisorError> {
+        let image = self.open_image().await?;
         let begun = self.client.persist(generation, &image).await;
         begun.map_err(|error| vmm_failed(ErrorCode::PauseFailed, "VMM cannot persist", error))?;
         let mut attempts = self.attempt.subscribe();
@@ -340,6 +345,12 @@ impl Execution for VmmExecution {
             quiesce_us,
             freeze_us,
         })
+    }
+
+    async fn pre_copy(&self) -> Result<(), HypervisorError> {
+        let image = self.open_image().await?;
+        let begun = self.client.pre_copy(&image).await;
+        begun.map_err(|error| vmm_failed(ErrorCode::PauseFailed, "VMM cannot copy ahead", error))
     }
 
     async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError> {

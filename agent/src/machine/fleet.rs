@@ -61,6 +61,8 @@ pub struct Settings {
     pub max_running_mem_mib: u32,
     /// A machine that nobody used for so long is put to sleep when another one waits for memory; `None` if none is.
     pub idle_before_pause: Option<Duration>,
+    /// How long before a lease pauses a machine its memory is written ahead; `None` if it is not.
+    pub pre_copy_before: Option<Duration>,
     /// Host part of service URLs.
     pub service_host: String,
     /// Whether HTTP services are reached with TLS.
@@ -78,6 +80,7 @@ impl Default for Settings {
             drain_grace: Duration::from_secs(2),
             max_running_mem_mib: 1 << 20,
             idle_before_pause: None,
+            pre_copy_before: None,
             service_host: "127.0.0.1".to_owned(),
             service_tls: false,
             endpoints: Endpoints::default(),

@@ -289,6 +289,10 @@ pub trait Execution: Send + Sync + 'static {
     /// On an error the guest runs, or the VMM is gone.
     async fn freeze(&self) -> Result<FreezeTrace, HypervisorError>;
 
+    /// Have what the running guest has changed written to the image now, so that the next persist has less to write;
+    /// answers when that has begun. Best effort. No snapshot may be taken of the machine meanwhile.
+    async fn pre_copy(&self) -> Result<(), HypervisorError>;
+
     /// Write the frozen machine out as `generation`; answers when the image is durable and the manifest renamed
     /// in. On an error (`disk_full`, `pause_failed`) the guest runs again, or the VMM is gone.
     async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError>;

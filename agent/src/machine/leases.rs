@@ -83,7 +83,7 @@ async fn claim(fleet: &Fleet) {
 
 /// The new deadline of a lease whose machine is awake for too short a time yet, or was used since the old one was
 /// set.
-async fn moved_to(fleet: &Fleet, lease: &DueLease) -> Option<u64> {
+pub(super) async fn moved_to(fleet: &Fleet, lease: &DueLease) -> Option<u64> {
     let handle = fleet.shared.registry.find(&lease.machine)?;
     let mut until = usage::awake_until(fleet, &lease.machine, &lease.activity);
     if lease.policy.mode == LeaseMode::Sliding {

@@ -127,7 +127,7 @@ impl World {
                 tokio::task::yield_now().await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(10), reached)
+        tokio::time::timeout(Duration::from_secs(60), reached)
             .await
             .unwrap_or_else(|_| panic!("{id} never became {wanted:?}"));
     }

@@ -20,6 +20,21 @@ pub struct DueLease {
     pub activity: ActivityPolicy,
 }
 
+const LEASE_COLUMNS: &str = "id, deadline_unix_ms, lease_seconds, lease_action, lease_mode, activity";
+
+fn due_lease(row: &rusqlite::Row<'_>) -> Result<DueLease, StoreError> {
+    Ok(DueLease {
+        machine: parse(&get::<String>(row, "id")?, "id")?,
+        deadline_unix_ms: get(row, "deadline_unix_ms")?,
+        policy: LeasePolicy {
+            seconds: get(row, "lease_seconds")?,
+            action: lease_action(&get::<String>(row, "lease_action")?)?,
+            mode: lease_mode(&get::<String>(row, "lease_mode")?)?,
+        },
+        activity: rows::decode_json(&get::<String>(row, "activity")?, "activity")?,
+    })
+}
+
 impl Store {
     /// When the next lease wants to be looked at.
     ///
@@ -49,26 +64,40 @@ impl Store {
         self.write("claim due leases", move |tx| {
             let operation = sql("claim due leases");
             let mut statement = tx
-                .prepare_cached(
+                .prepare_cached(&format!(
                     "UPDATE machines SET lease_check_unix_ms = ?2 WHERE id IN \
                      (SELECT id FROM machines WHERE lease_check_unix_ms <= ?1 ORDER BY lease_check_unix_ms LIMIT ?3) \
-                     RETURNING id, deadline_unix_ms, lease_seconds, lease_action, lease_mode, activity",
-                )
+                     RETURNING {LEASE_COLUMNS}"
+                ))
                 .map_err(&operation)?;
             let mut found =
                 statement.query(params![now_unix_ms, next_check_unix_ms, limit]).map_err(&operation)?;
             let mut due = Vec::new();
             while let Some(row) = found.next().map_err(&operation)? {
-                due.push(DueLease {
-                    machine: parse(&get::<String>(row, "id")?, "id")?,
-                    deadline_unix_ms: get(row, "deadline_unix_ms")?,
-                    policy: LeasePolicy {
-                        seconds: get(row, "lease_seconds")?,
-                        action: lease_action(&get::<String>(row, "lease_action")?)?,
-                        mode: lease_mode(&get::<String>(row, "lease_mode")?)?,
-                    },
-                    activity: rows::decode_json(&get::<String>(row, "activity")?, "activity")?,
-                });
+                due.push(due_lease(row)?);
+            }
+            Ok(due)
+        })
+        .await
+    }
+
+    /// Leases that pause their machine and end by then, at most `limit` of them.
+    ///
+    /// # Errors
+    /// SQLite refuses, or a row cannot be decoded.
+    pub async fn pauses_due_by(&self, by_unix_ms: u64, limit: u32) -> Result<Vec<DueLease>, StoreError> {
+        self.read("read the next deadlines", move |tx| {
+            let operation = sql("read the next deadlines");
+            let mut statement = tx
+                .prepare_cached(&format!(
+                    "SELECT {LEASE_COLUMNS} FROM machines \
+                     WHERE lease_check_unix_ms <= ?1 AND lease_action = 'pause' ORDER BY lease_check_unix_ms LIMIT ?2"
+                ))
+                .map_err(&operation)?;
+            let mut found = statement.query(params![by_unix_ms, limit]).map_err(&operation)?;
+            let mut due = Vec::new();
+            while let Some(row) = found.next().map_err(&operation)? {
+                due.push(due_lease(row)?);
             }
             Ok(due)
         })

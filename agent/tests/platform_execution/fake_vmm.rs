@@ -191,7 +191,7 @@ fn handle(
             };
             (Outcome::Ok(status), None)
         }
-        Request::FirstByte | Request::Quit => done,
+        Request::FirstByte | Request::PreCopy | Request::Quit => done,
         _ => (refuse(VmmErrorCode::BadRequest), None),
     }
 }

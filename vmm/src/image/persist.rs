@@ -100,9 +100,9 @@ pub struct Contents {
 /// and before the image is marked valid. It may run beside a guest that was woken, and so must be short.
 pub type FlushDisk = Box<dyn FnOnce() -> io::Result<Option<File>> + Send>;
 
-/// A persist, ready to run on a thread.
+/// A persist, or the copying ahead of one, ready to run on a thread.
 pub struct Persist {
-    /// The frozen machine's memory.
+    /// The machine's memory: frozen, for a persist.
     pub ram: Arc<Ram>,
     /// Where to write.
     pub target: File,
@@ -136,13 +136,49 @@ impl Persist {
     /// The file then holds no valid image, or, if the error came before anything was written, still the old one.
     pub fn run(mut self) -> Result<PersistStats, PersistError> {
         let started = Instant::now();
-        check_cancel(&self.cancel)?;
-        let layout = self.baseline.layout();
         if self.contents.vmstate.len() as u64 > VMSTATE_CAPACITY {
             return Err(PersistError::StateTooLarge {
                 len: self.contents.vmstate.len(),
             });
         }
+        let flush_disk = std::mem::replace(&mut self.flush_disk, Box::new(|| Ok(None)));
+        let (plan, written_bytes) = self.write(|layout, plan| self.replace(layout, plan, flush_disk))?;
+        Ok(PersistStats {
+            generation: self.contents.generation,
+            disk_generation: self.contents.disk_generation,
+            present_pages: plan.present_pages,
+            written_pages: plan.written_pages(),
+            zero_pages: plan.zero_pages,
+            written_bytes,
+            pre_copied_bytes: 0,
+            durable_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// Write what a guest that runs has changed so far; how many bytes. The image is not valid after it, but the next
+    /// persist finds there what has not changed since. A page is copied first, so that its checksum is of what is
+    /// written, whatever the guest does meanwhile.
+    ///
+    /// # Errors
+    /// As [`Self::run`].
+    pub fn pre_copy(self) -> Result<u64, PersistError> {
+        let ahead = |layout, plan: &Plan| {
+            let (_, written_bytes) = self.write_memory(layout, plan, &[])?;
+            self.target
+                .sync_data()
+                .map_err(failed("make what was copied ahead durable"))?;
+            Ok(written_bytes)
+        };
+        self.write(ahead).map(|(_, written_bytes)| written_bytes)
+    }
+
+    /// Plan, reserve, and write by `replace`; the plan and how many bytes were written.
+    fn write(
+        &self,
+        replace: impl FnOnce(ImageLayout, &Plan) -> Result<u64, PersistError>,
+    ) -> Result<(Plan, u64), PersistError> {
+        check_cancel(&self.cancel)?;
+        let layout = self.baseline.layout();
         let plan = Plan::make(
             &self.ram,
             &self.baseline,
@@ -150,9 +186,8 @@ impl Persist {
             self.fresh,
             &self.cancel,
         )?;
-        let flush_disk = std::mem::replace(&mut self.flush_disk, Box::new(|| Ok(None)));
         let replaced = self.reserve(layout, &plan).and_then(|()| {
-            let replaced = self.replace(layout, &plan, flush_disk);
+            let replaced = replace(layout, &plan);
             match &replaced {
                 Ok(_) => self.baseline.trust(),
                 Err(PersistError::Cancelled) => {}
@@ -163,30 +198,33 @@ impl Persist {
         if self.fresh && matches!(&replaced, Err(error) if !matches!(error, PersistError::Cancelled)) {
             self.empty_target();
         }
-        Ok(PersistStats {
-            generation: self.contents.generation,
-            disk_generation: self.contents.disk_generation,
-            present_pages: plan.present_pages,
-            written_pages: plan.written_pages(),
-            zero_pages: plan.zero_pages,
-            written_bytes: replaced?,
-            durable_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
-        })
+        Ok((plan, replaced?))
+    }
+
+    /// Give up the old image and write memory and checksums; the new header, not valid yet, and how many bytes.
+    fn write_memory(
+        &self,
+        layout: ImageLayout,
+        plan: &Plan,
+        working_set: &[u8],
+    ) -> Result<(Header, u64), PersistError> {
+        check_cancel(&self.cancel)?;
+        let header = self.header(working_set)?;
+        self.write_header(&header)?;
+        self.target.sync_data().map_err(failed("clear the valid flag"))?;
+        let n_pages_bytes = self.write_pages(plan)?;
+        self.punch_holes(layout, plan)?;
+        let n_checksum_bytes = self
+            .baseline
+            .write_checksums(&self.target)
+            .map_err(failed("write checksums"))?;
+        Ok((header, n_pages_bytes + n_checksum_bytes))
     }
 
     /// Give up the old image and write the new one; how many bytes.
     fn replace(&self, layout: ImageLayout, plan: &Plan, flush_disk: FlushDisk) -> Result<u64, PersistError> {
-        check_cancel(&self.cancel)?;
         let working_set = encode_working_set(&self.contents.working_set);
-        let mut header = self.header(&working_set)?;
-        self.write_header(&header)?;
-        self.target.sync_data().map_err(failed("clear the valid flag"))?;
-        let mut written_bytes = self.write_pages(plan)?;
-        self.punch_holes(layout, plan)?;
-        written_bytes += self
-            .baseline
-            .write_checksums(&self.target)
-            .map_err(failed("write checksums"))?;
+        let (mut header, mut written_bytes) = self.write_memory(layout, plan, &working_set)?;
         for (bytes, offset, operation) in [
             (
                 &self.contents.vmstate,

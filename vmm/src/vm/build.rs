@@ -207,6 +207,8 @@ impl Prepared {
             restored_from: None,
             working_set: Vec::new(),
             writing: Arc::default(),
+            pre_copy_cancel: Arc::default(),
+            pre_copied_bytes: Arc::default(),
             n_jobs: 0,
             persisted: None,
         }

@@ -116,6 +116,8 @@ pub type Reply<T> = oneshot::Sender<Result<T, MachineError>>;
 pub enum Command {
     /// Get it running.
     Wake(WakeOrder, Reply<Woken>),
+    /// It will be put to sleep soon: write its memory ahead, if it runs and nothing else is under way.
+    PreCopy,
     /// Put it to sleep; answered when it is evicted.
     Pause(PauseOrder, Reply<()>),
     /// Take a snapshot of it under this ID; answered when its files are in place.
@@ -128,6 +130,7 @@ impl Command {
     /// Answer with an error. The caller may be gone.
     pub fn refuse(self, error: MachineError) {
         match self {
+            Self::PreCopy => {}
             Self::Wake(_, reply) => drop(reply.send(Err(error))),
             Self::Snapshot(_, reply) => drop(reply.send(Err(error))),
             Self::Pause(_, reply) | Self::Delete(_, reply) => drop(reply.send(Err(error))),
@@ -205,6 +208,7 @@ impl Driver {
     pub(super) async fn command(&mut self, command: Command) {
         match command {
             Command::Wake(order, reply) => self.on_wake(order, reply).await,
+            Command::PreCopy => self.on_pre_copy().await,
             Command::Pause(order, reply) => self.on_pause(order, reply).await,
             Command::Snapshot(id, reply) => self.on_snapshot(id, reply).await,
             Command::Delete(order, reply) => self.on_delete(order, reply).await,
@@ -236,6 +240,16 @@ impl Driver {
                 }
                 self.apply(event).await;
             }
+        }
+    }
+
+    /// By the driver, because no snapshot may take the image over meanwhile.
+    async fn on_pre_copy(&mut self) {
+        let Some(epoch) = self.epoch.clone().filter(|_| self.state == State::Running) else {
+            return;
+        };
+        if let Err(error) = epoch.execution.pre_copy().await {
+            tracing::debug!(machine_id = %self.id, %error, "memory not copied ahead of the pause");
         }
     }
 

@@ -19,6 +19,7 @@ struct Inner {
     persisted: Option<PersistStats>,
     wrote_disk: bool,
     n_first_bytes: u64,
+    n_pre_copies: u64,
     usage: RunUsage,
 }
 
@@ -46,6 +47,7 @@ impl SimulatedExecution {
             persisted: None,
             wrote_disk: false,
             n_first_bytes: 0,
+            n_pre_copies: 0,
             usage: RunUsage::default(),
         };
         Arc::new(Self {
@@ -74,6 +76,12 @@ impl SimulatedExecution {
     #[must_use]
     pub fn n_first_bytes(&self) -> u64 {
         self.lock().n_first_bytes
+    }
+
+    /// Number of times that memory was copied ahead of a pause.
+    #[must_use]
+    pub fn n_pre_copies(&self) -> u64 {
+        self.lock().n_pre_copies
     }
 
     /// What the run is said to have used.
@@ -129,6 +137,7 @@ impl SimulatedExecution {
             written_pages: 10,
             zero_pages: 1,
             written_bytes: 40_960,
+            pre_copied_bytes: 0,
             durable_us: 1000,
         };
         let image = SavedImage {
@@ -207,6 +216,11 @@ impl Execution for SimulatedExecution {
             quiesce_us: 10,
             freeze_us: 20,
         })
+    }
+
+    async fn pre_copy(&self) -> Result<(), HypervisorError> {
+        self.alive()?.n_pre_copies += 1;
+        Ok(())
     }
 
     async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError> {

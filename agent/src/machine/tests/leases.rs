@@ -3,6 +3,7 @@
 use super::super::clock::Clock;
 use super::super::fleet::PolicyRule;
 use super::super::leases::{self, RETRY};
+use super::super::pre_copy;
 use super::super::simulated::{Fault, Point};
 use super::*;
 use torpor_api::ErrorCode;
@@ -130,4 +131,35 @@ async fn a_year_of_leases_neither_drifts_nor_stops() {
         world.resume(&id).await.unwrap();
     }
     assert_eq!(world.view(&id).await.pauses, 365);
+}
+
+#[tokio::test]
+async fn memory_is_copied_once_shortly_before_the_lease_pauses_and_not_if_the_lease_will_be_moved() {
+    let world = World::with(Settings {
+        pre_copy_before: Some(Duration::from_secs(5)),
+        ..Settings::default()
+    });
+    tokio::spawn(pre_copy::run(world.fleet.clone()));
+    let pausing = leased(&world, serde_json::json!({ "seconds": 60, "action": "pause" })).await;
+    let sliding = serde_json::json!({ "seconds": 60, "action": "pause", "mode": "sliding" });
+    let used = world
+        .create_from(serde_json::json!({ "lease": sliding }))
+        .await
+        .unwrap();
+    let n_pre_copies = |id: &MachineId| world.host.live(id)[0].n_pre_copies();
+    for second in 1..=58 {
+        pass(&world, Duration::from_secs(1)).await;
+        if second == 30 {
+            world.touch(&used).await.unwrap();
+        }
+        if second <= 54 {
+            assert_eq!(n_pre_copies(&pausing), 0, "after {second} s");
+        }
+    }
+    while n_pre_copies(&pausing) == 0 {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!((n_pre_copies(&pausing), n_pre_copies(&used)), (1, 0));
+    world.clock.advance(MINUTE);
+    world.reaches(&pausing, MachineStatus::Paused).await;
 }

@@ -129,6 +129,12 @@ impl Guest {
         job.run().unwrap()
     }
 
+    fn pre_copy(&mut self, file: &File) -> u64 {
+        let job = self.job(file, 0, Box::new(|| Ok(None)), false);
+        self.baseline = Some(Arc::clone(&job.baseline));
+        job.pre_copy().unwrap()
+    }
+
     fn page(&self, page: u64) -> Vec<u8> {
         let mut bytes = vec![0; PAGE_SIZE];
         self.ram.copy_out(page, &mut bytes);
@@ -245,6 +251,31 @@ fn a_cancelled_persist_leaves_no_valid_image_and_the_next_one_is_right() {
     (0..50).for_each(|page| woken.discard(page));
     woken.persist(&file, 3);
     assert!(reconstruct(&file, 3) == woken.dump());
+}
+
+#[test]
+fn what_was_copied_ahead_is_not_written_again_and_is_no_image_by_itself() {
+    let mut guest = Guest::boot();
+    (0..600).for_each(|page| guest.write(page, page + 1));
+    let file = image_file();
+    assert!(guest.pre_copy(&file) >= 600 * PAGE_BYTES);
+    assert!(matches!(
+        image::open(file.try_clone().unwrap(), &expected(0)),
+        Err(OpenError::Incomplete)
+    ));
+    (0..20).for_each(|page| guest.write(page, page + 1000));
+    let stats = guest.persist(&file, 1);
+    assert_eq!((stats.present_pages, stats.written_pages), (600, 20));
+    assert!(reconstruct(&file, 1) == guest.dump());
+
+    let mut woken = Guest::restore(&file, 1);
+    (0..64).for_each(|page| woken.write(page, page + 5000));
+    (64..70).for_each(|page| woken.discard(page));
+    woken.pre_copy(&file);
+    woken.write(3, 3);
+    woken.write(66, 66);
+    assert_eq!(woken.persist(&file, 2).written_pages, 2);
+    assert!(reconstruct(&file, 2) == woken.dump());
 }
 
 #[test]
@@ -472,6 +503,7 @@ enum Step {
     Discard(u64),
     Persist,
     CancelPersist,
+    PreCopy,
     /// With pages put in place before it runs.
     Restore(Extent, Placement),
 }
@@ -483,6 +515,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => (0u64..96).prop_map(Step::Discard),
         2 => Just(Step::Persist),
         1 => Just(Step::CancelPersist),
+        1 => Just(Step::PreCopy),
         3 => restore_step(),
     ]
 }
@@ -532,6 +565,10 @@ proptest! {
                         Ok(None)
                     });
                     prop_assert!(matches!(job.run(), Err(PersistError::Cancelled)));
+                    durable = None;
+                }
+                Step::PreCopy => {
+                    guest.pre_copy(&file);
                     durable = None;
                 }
                 Step::Restore(extent, placement) => {
