@@ -68,6 +68,7 @@ def wait_for(predicate, what, timeout=120):
 
 class Machine:
     """One machine of a test, deleted at the end."""
+    seen_events, next_offset = (), 0
 
     def __init__(self, **spec):
         self.info = call("POST", "/v1/machines", spec)
@@ -98,8 +99,13 @@ class Machine:
         return result["stdout"]
 
     def events(self, kind=None):
-        events = call("GET", f"/v1/machines/{self.id}/events?limit=1000")["events"]
-        return [event for event in events if kind in (None, event["kind"])]
+        """All of them so far; only what is new since the last call is read."""
+        while True:
+            page = call("GET", f"/v1/machines/{self.id}/events?limit=1000&after={self.next_offset}")
+            self.next_offset = page["next_offset"]
+            self.seen_events = (*self.seen_events, *page["events"])
+            if len(page["events"]) < 1000:
+                return [event for event in self.seen_events if kind in (None, event["kind"])]
 
     def service(self, port=SERVICE_PORT):
         return next(s for s in self.get()["services"] if s["port"] == port)

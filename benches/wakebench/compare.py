@@ -22,7 +22,7 @@ def groups(samples, kind, field):
     return found
 
 
-ROWS = [("wake", "warm_ms"), ("wake", "wake_ms"), ("wake", "overhead_ms"), ("pause", "freeze_ms"),
+ROWS = [("wake", "warm_ms"), ("wake", "wake_ms"), ("wake", "overhead_ms"), ("wake", "cpu_ms"), ("pause", "freeze_ms"),
         ("pause", "pause_ms"), ("pause", "written_bytes"), ("mid-persist", "wake_ms"), ("burst", "wake_ms")]
 
 
@@ -34,6 +34,7 @@ def print_summary(samples):
         for (system, cache), values in sorted(groups(samples, kind, field).items()):
             print(f"{kind:<12}{field:<15}{system:<25}{cache:<6}{len(values):>4}{statistics.median(values):>14.2f}"
                   f"{percentile(values, .95):>14.2f}{max(values):>14.2f}")
+    print_counts(samples)
     print_lasting(samples)
     for field in ("overhead_ms", "freeze_ms"):
         kind = "wake" if field == "overhead_ms" else "pause"
@@ -43,6 +44,17 @@ def print_summary(samples):
             if system != "torpor" and ours:
                 ratio = statistics.median(values) / max(statistics.median(ours), 1e-6)
                 print(f"{field}, {cache}: Torpor is {ratio:.1f}x below {system}")
+
+
+def print_counts(samples):
+    """What the counted wake did, and the faults of the last timed one."""
+    for sample in (sample for sample in samples if sample.get("kind") == "counted wake"):
+        for name, cost in sample["costs"].items():
+            print(f"a wake, {name}: {cost['syscalls']} system calls, {cost['ioctls']} of them ioctls; "
+                  f"{cost['minor_faults']} minor and {cost['major_faults']} major faults; {cost['read_bytes']} bytes read, "
+                  f"{cost['disk_read_bytes']} of them from the disk")
+        if sample["pages"]:
+            print(f"a wake, guest memory up to the first byte: {sample['pages']}")
 
 
 # Cycles at either end that are compared. The first is left out: it has no working set.

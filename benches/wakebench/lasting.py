@@ -1,9 +1,8 @@
 """What must not grow: the thousandth cycle against the second, and ten awake clones against one."""
-import json
 import os
 import pathlib
 
-from wakebench.torpor_side import TorporSide, torpor
+from wakebench.torpor_side import TorporSide, torpor, vmm_pid
 
 
 def cycles(recorder, guest, count):
@@ -51,8 +50,7 @@ def clones(recorder, guest, count):
 def vmm_holds(side):
     """Memory of a machine's VMM in KiB: its share of what it maps, all of it, what is its alone, and what of that is
     not guest memory."""
-    record = json.loads((torpor.RUN_DIR / "exec" / side.machine.get()["execution_id"] / "execution.json").read_text())
-    process = pathlib.Path("/proc", str(record["process"]["pid"]))
+    process = pathlib.Path("/proc", str(vmm_pid(side.machine)))
     kib = _fields(process / "smaps_rollup")
     return {"pss_kib": kib["Pss"], "rss_kib": kib["Rss"], "private_kib": kib["Private_Dirty"] + kib["Private_Clean"],
             "vmm_private_kib": _private_outside_guest(process)}

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from wakebench import lasting
+from wakebench import counters, lasting
 from wakebench.firecracker_side import FirecrackerSide
 from wakebench.guests import GUESTS
 from wakebench.torpor_side import TorporSide
@@ -51,8 +51,13 @@ def measure(options):
         for cache in ("hot", "cold") if options.cache == "both" else (options.cache,):
             for number in range(options.rounds):
                 for side in sides:
-                    one_cycle(recorder, side, cache, options.warm)
+                    one_cycle(recorder, side, cache, options.warm, options.asleep)
                 recorder.say(f"{cache} round {number + 1} of {options.rounds}")
+        if counters.SystemCalls.is_possible():
+            sides[0].pause()
+            recorder.add(sides[0].wake(count_calls=True))
+        else:
+            recorder.say("this kernel does not trace system calls: none counted")
         if options.mid_persist:
             for _ in range(options.rounds):
                 mid_persist(recorder, sides[0])
@@ -72,11 +77,13 @@ def warm_median_ms(side, count):
     return statistics.median(side.request() for _ in range(count)) * 1e3
 
 
-def one_cycle(recorder, side, cache, warm_requests):
+def one_cycle(recorder, side, cache, warm_requests, asleep_s=0):
     warm = warm_median_ms(side, warm_requests)
     recorder.add({**side.pause(), "cache": cache})
     if cache == "cold":
         side.evict()
+    # Machines sleep for a while: what the wake before left to be made, and what this pause left to be torn down, is over.
+    time.sleep(asleep_s)
     sample = side.wake()
     recorder.add({**sample, "cache": cache, "warm_ms": warm, "overhead_ms": sample["wake_ms"] - warm})
 

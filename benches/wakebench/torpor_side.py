@@ -1,9 +1,11 @@
 """Torpor as the system under test: machines over the native API, requests through the proxy."""
+import contextlib
+import json
 import pathlib
 import sys
 import time
 
-from wakebench import cache
+from wakebench import cache, counters
 from wakebench.guests import first_byte
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "e2e"))
@@ -20,6 +22,11 @@ def server_timing(answer):
                 key, _, duration = entry.strip().partition(";dur=")
                 stages[key] = float(duration or 0)
     return stages
+
+
+def vmm_pid(machine):
+    record = torpor.RUN_DIR / "exec" / machine.get()["execution_id"] / "execution.json"
+    return json.loads(record.read_text())["process"]["pid"]
 
 
 class TorporSide:
@@ -63,12 +70,27 @@ class TorporSide:
     def evict(self):
         cache.evict([self.machine.directory / "memory.img"])
 
-    def wake(self):
+    def wake(self, count_calls=False):
+        """Wake it by a request. The sample says what its VMM and torpord did for it up to the first byte, and, if the
+        wake is one for counting, their system calls."""
         self.cycle += 1
-        elapsed, answer = first_byte(self.address, self.guest, time.monotonic)
+        torpord, blanks = torpor.torpord_pid(), counters.vmm_pids()
+        before = {pid: counters.of_process(pid) for pid in [torpord, *blanks]}
+        n_told = len(self.machine.events("machine.first_byte"))
+        with counters.SystemCalls([torpord, *blanks]) if count_calls else contextlib.nullcontext() as calls:
+            elapsed, answer = first_byte(self.address, self.guest, time.monotonic)
+            if calls:
+                calls.stop()
+            pid = vmm_pid(self.machine)
+            costs = {name: counters.difference(counters.of_process(of), before.get(of, {}))
+                     for name, of in (("vmm", pid), ("torpord", torpord))}
+            if calls:
+                costs = {"vmm": costs["vmm"] | calls.counts(pid), "torpord": costs["torpord"] | calls.counts(torpord)}
+        told = torpor.wait_for(lambda: self.machine.events("machine.first_byte")[n_told:], "the first byte is told of", 30)
         woken = self.machine.events("machine.woken")[-1]["detail"]
-        return {"kind": "wake", "system": self.name, "cycle": self.cycle, "wake_ms": elapsed * 1e3,
-                "stages_ms": server_timing(answer), "detail": woken}
+        return {"kind": "counted wake" if count_calls else "wake", "system": self.name, "cycle": self.cycle,
+                "wake_ms": elapsed * 1e3, "stages_ms": server_timing(answer), "pages": told[-1]["detail"].get("pages"),
+                "cpu_ms": sum(cost["cpu_ns"] for cost in costs.values()) / 1e6, "costs": costs, "detail": woken}
 
     def close(self):
         self.machine.delete()
