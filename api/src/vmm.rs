@@ -218,7 +218,19 @@ pub enum VmmState {
 pub struct RestoreTrace {
     /// Header and state read and checked.
     pub state_loaded_us: u64,
-    /// Memory mapped, working set in place.
+    /// Files, clock and vCPU state handed over; from here on the working set is put in place.
+    #[serde(default)]
+    pub attached_us: u64,
+    /// Its pages read and checked.
+    #[serde(default)]
+    pub checked_us: u64,
+    /// Its pages mapped.
+    #[serde(default)]
+    pub mapped_us: u64,
+    /// Its pages brought into the page table.
+    #[serde(default)]
+    pub populated_us: u64,
+    /// Memory mapped, working set in place, in the second-level page table, too.
     pub memory_ready_us: u64,
     /// vCPU and device state set, vCPUs released.
     pub running_us: u64,

@@ -74,15 +74,16 @@ class TorporSide:
         """Wake it by a request. The sample says what its VMM and torpord did for it up to the first byte, and, if the
         wake is one for counting, their system calls."""
         self.cycle += 1
+        n_told = len(self.machine.events("machine.first_byte"))
         torpord, blanks = torpor.torpord_pid(), counters.vmm_pids()
         before = {pid: counters.of_process(pid) for pid in [torpord, *blanks]}
-        n_told = len(self.machine.events("machine.first_byte"))
         with counters.SystemCalls([torpord, *blanks]) if count_calls else contextlib.nullcontext() as calls:
             elapsed, answer = first_byte(self.address, self.guest, time.monotonic)
             if calls:
                 calls.stop()
+            after = {pid: counters.of_process(pid) for pid in [torpord, *counters.vmm_pids()]}
             pid = vmm_pid(self.machine)
-            costs = {name: counters.difference(counters.of_process(of), before.get(of, {}))
+            costs = {name: counters.difference(after[of], before.get(of, {}))
                      for name, of in (("vmm", pid), ("torpord", torpord))}
             if calls:
                 costs = {"vmm": costs["vmm"] | calls.counts(pid), "torpord": costs["torpord"] | calls.counts(torpord)}

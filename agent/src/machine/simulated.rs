@@ -249,6 +249,7 @@ impl Hypervisor for SimulatedHypervisor {
                 memory_ready_us: 600,
                 running_us: 800,
                 prefetched_pages: 7,
+                ..RestoreTrace::default()
             },
         };
         Ok((self.0.start(&machine.id, execution, memory), stages))

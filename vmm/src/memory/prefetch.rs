@@ -15,6 +15,7 @@ use crate::image::Extent;
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::{bridged, contains, pieces, push, runs_by, union};
 use std::ops::Range;
+use std::time::Instant;
 
 /// Pages read and checked at once.
 const BATCH_PAGES: u64 = 64;
@@ -38,17 +39,30 @@ pub enum Placement {
     Mapped,
 }
 
+/// What was put in place, and when each step was done.
+#[derive(Debug, Clone, Copy)]
+pub struct Prefetched {
+    /// Pages.
+    pub n_pages: u64,
+    /// All were read and checked, or copied.
+    pub checked: Instant,
+    /// All that are to be mapped were mapped.
+    pub mapped: Instant,
+    /// All that are known to be needed are in the page table.
+    pub populated: Instant,
+}
+
 impl LazyMemory {
-    /// Put pages in place ahead of their first touch; how many there were.
+    /// Put pages in place ahead of their first touch.
     ///
     /// # Errors
     /// A page can't be read or is wrong.
-    pub fn prefetch(&self, extents: &[Extent], placement: Placement) -> Result<u64, FillError> {
+    pub fn prefetch(&self, extents: &[Extent], placement: Placement) -> Result<Prefetched, FillError> {
         let shared = &self.shared;
-        let n_pages = shared.ram.layout().n_pages();
+        let limit = shared.ram.layout().n_pages();
         let of_extents = |is_wanted: fn(&Extent) -> bool| {
             let wanted = extents.iter().filter(|extent| is_wanted(extent));
-            wanted.map(|extent| extent.pages(n_pages)).collect()
+            wanted.map(|extent| extent.pages(limit)).collect()
         };
         let ranges = match placement {
             Placement::Copied => union(of_extents(|_| true)),
@@ -61,24 +75,31 @@ impl LazyMemory {
             .into_iter()
             .flat_map(|range| pieces(range, BATCH_PAGES))
             .collect();
-        let (mut n_filled, mut to_map) = (0, Vec::new());
+        let (mut n_pages, mut to_map) = (0, Vec::new());
         for fetched in in_two(&batches, |batches| shared.fetch(batches, placement)) {
             let fetched = fetched?;
-            n_filled += fetched.n_pages;
+            n_pages += fetched.n_pages;
             for pages in fetched.to_map {
                 push(&mut to_map, pages);
             }
         }
+        let checked = Instant::now();
         // By one thread: mappings exclude each other and all page faults of the process.
         for pages in to_map {
             shared.map(pages)?;
         }
+        let mapped = Instant::now();
         // Set once: memory is put in place ahead once.
         let certain = || union(of_extents(|extent| !extent.is_tentative()));
         let ahead = shared.ahead.get_or_init(certain);
         let written = union(of_extents(Extent::is_written));
         in_two(ahead, |ranges| shared.populate(ranges, &written));
-        Ok(n_filled)
+        Ok(Prefetched {
+            n_pages,
+            checked,
+            mapped,
+            populated: Instant::now(),
+        })
     }
 
     /// Pages of the working set that the guest is known to need, in order.

@@ -74,7 +74,14 @@ impl Prepared {
         if request.generation <= EARLY_GENERATIONS || working_set.is_empty() {
             ahead.extend(everything(&file));
         }
-        trace.prefetched_pages = lazy.prefetch(&ahead, Placement::default())?;
+        trace.attached_us = micros(started);
+        let prefetched = lazy.prefetch(&ahead, Placement::default())?;
+        let since =
+            |step: Instant| u64::try_from(step.duration_since(started).as_micros()).unwrap_or(u64::MAX);
+        trace.prefetched_pages = prefetched.n_pages;
+        trace.checked_us = since(prefetched.checked);
+        trace.mapped_us = since(prefetched.mapped);
+        trace.populated_us = since(prefetched.populated);
         for vcpu in &self.vcpus {
             vcpu.done()?;
         }
