@@ -255,6 +255,7 @@ impl Connection {
             leave.tally.also.clone_from(&admission.also_count);
             let mut link = link;
             request.body_mut().count_in(leave.tally.clone());
+            let _unanswered = leave.tally.machine.unanswered();
             match link.send(request).await {
                 Ok(response) => return Ok((response, link, leave)),
                 Err(SendError::Unsent(unsent)) if was_held => {
