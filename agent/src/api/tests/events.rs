@@ -1,6 +1,7 @@
 //! Events as they happen, from any offset, over both transports.
 
 use super::*;
+use crate::machine::fleet::WakeSource;
 use futures_util::StreamExt;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -120,4 +121,28 @@ async fn a_websocket_is_told_the_same() {
         ));
     }
     assert_eq!(told, host.stored().await[1..]);
+}
+
+#[tokio::test]
+async fn why_says_who_woke_the_machine_from_where_and_what_for_and_wakes_nothing() {
+    let host = Listening::new().await;
+    let why = async || {
+        let path = format!("/v1/machines/{}/why", host.id);
+        call(&host.router, "GET", &path, Value::Null).await.body
+    };
+    host.pause().await;
+    let asleep = why().await;
+    assert_eq!(
+        (&asleep["status"], &asleep["because"]),
+        (&json!("paused"), &json!("put to sleep by api"))
+    );
+    let cause = json!({ "client": "192.0.2.1:5", "port": 80, "method": "GET", "path": "/cart", "user_agent": "curl/8" });
+    let id = host.id.parse().unwrap();
+    host.world.fleet.wake(&id, WakeSource::Http, cause).await.unwrap();
+    let awake = why().await;
+    assert_eq!(
+        awake["because"],
+        "woken by http GET /cart from 192.0.2.1:5 with curl/8 to port 80"
+    );
+    assert_eq!(awake["event"]["kind"], "machine.woken");
 }
