@@ -12,8 +12,8 @@ import pytest
 import torpor
 from test_ssh import HOST, PORT
 
-N_REQUESTS = 240
-N_CLIENTS = 6
+N_ROUNDS = 50
+N_CLIENTS = 5
 
 
 def disturb(machine, ended):
@@ -28,26 +28,29 @@ def disturb(machine, ended):
 def test_requests_at_random_instants_meet_no_error_and_every_sleep_ends_in_one_restore(counter):
     before = torpor.fetch(counter.url())
     torpor.call("PUT", f"/v1/machines/{counter.id}/lease", {"lease": {"seconds": 1, "action": "pause"}})
-    ended = threading.Event()
+    url, ended, answers = counter.url(), threading.Event(), []
 
     def request(_):
-        time.sleep(random.uniform(0, 3))
-        return torpor.fetch(counter.url(), timeout=120)
+        time.sleep(random.uniform(0, 0.3))
+        return torpor.fetch(url, timeout=120)
     with concurrent.futures.ThreadPoolExecutor(N_CLIENTS + 1) as pool:
         disturbing = pool.submit(disturb, counter, ended)
         try:
-            answers = list(pool.map(request, range(N_REQUESTS)))
+            for _ in range(N_ROUNDS):
+                # Long enough for a whole pause now and then, and short enough to meet one in its middle.
+                time.sleep(random.uniform(0, 3))
+                answers += pool.map(request, range(N_CLIENTS))
         finally:
             ended.set()
         disturbing.result()
     counts = sorted(answer["count"] for answer in answers)
-    assert counts == list(range(before["count"] + 1, before["count"] + N_REQUESTS + 1)), "lost or repeated"
+    assert counts == list(range(before["count"] + 1, before["count"] + len(answers) + 1)), "lost or repeated"
     assert {answer["nonce"] for answer in answers} == {before["nonce"]}
     turns = [event["kind"] for event in counter.events() if event["kind"] in ("machine.paused", "machine.woken")]
     assert turns == ["machine.paused", "machine.woken"] * (len(turns) // 2) + ["machine.paused"] * (len(turns) % 2)
-    print(f"{N_REQUESTS} requests, {turns.count('machine.woken')} wakes, "
-          f"{len(counter.events('machine.pause_cancelled'))} pauses overtaken")
-    assert turns.count("machine.woken") > 5
+    n_overtaken = len(counter.events("machine.pause_cancelled"))
+    print(f"{len(answers)} requests, {turns.count('machine.woken')} wakes, {n_overtaken} pauses overtaken")
+    assert turns.count("machine.woken") + n_overtaken > 10, "nothing was tried"
 
 
 def greeting():

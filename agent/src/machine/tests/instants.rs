@@ -20,7 +20,11 @@ struct Site(Arc<RwLock<World>>, MachineId);
 
 impl Site {
     async fn new() -> Self {
-        let world = World::new();
+        // Whoever is inside is waited for, however busy this host is; who outlasts the patience is another test's matter.
+        let world = World::with(Settings {
+            drain_grace: Duration::from_secs(60),
+            ..Settings::default()
+        });
         let lease = serde_json::json!({ "seconds": 2, "action": "pause" });
         let id = world
             .create_from(serde_json::json!({ "lease": lease }))
