@@ -2,12 +2,12 @@
 //! who asks for the machine notices more than that it takes a moment.
 
 use super::super::fleet::SnapshotOrder;
+use super::super::hypervisor::Execution as _;
 use super::super::leases;
 use super::*;
 use rand::Rng;
 use tokio::sync::RwLock;
 use tokio::time::sleep;
-use torpor_api::vmm::VmmState;
 
 const N_CLIENTS: u64 = 20;
 const N_REQUESTS: u64 = 10_000;
@@ -45,15 +45,13 @@ impl Site {
             .fleet
             .wake(&self.1, WakeSource::Http, serde_json::Value::Null);
         let woken = woken.await.unwrap();
-        let live = world.host.live(&self.1);
-        assert_eq!(live.len(), 1);
-        assert_eq!(live[0].state(), VmmState::Running);
-        tokio::task::yield_now().await;
-        assert_eq!(
-            live[0].state(),
-            VmmState::Running,
-            "a pause waits for who is inside"
-        );
+        let inside = woken.pass.epoch().execution.id();
+        for _ in 0..4 {
+            let live = world.host.live(&self.1);
+            assert_eq!(live.len(), 1);
+            assert_eq!(live[0].id(), inside, "a pause waits for who is inside");
+            tokio::task::yield_now().await;
+        }
         drop(woken);
     }
 
