@@ -1,4 +1,5 @@
 """The access matrix: every way in, at every state of a machine, with wake switches on and off. Real clients, one machine."""
+import asyncio
 import json
 import random
 import subprocess
@@ -7,8 +8,9 @@ import time
 
 import pytest
 import torpor
+import websockets
 from test_ssh import HOST, PORT, keys_of, options
-from test_traffic import TCP_PORT, WebSocket, address, server  # noqa: F401 (fixture)
+from test_traffic import TCP_PORT, address, server  # noqa: F401 (fixture)
 
 OK = "ok"
 DISABLED = "machine_paused_auto_resume_disabled"
@@ -46,9 +48,13 @@ def web_socket(machine, _):
     status, _, body = torpor.request(machine.url("/ws"), headers=UPGRADE) if machine.off else (101, None, None)
     if status != 101:
         return json.loads(body)["code"]
-    client = WebSocket(machine)
-    client.send(1, b"hello")
-    assert client.receive()[1].startswith(b"hello"), "no echo"
+
+    async def echoed():
+        host, port = address(machine, torpor.SERVICE_PORT)
+        async with websockets.connect(f"ws://{host}:{port}/ws", open_timeout=120, close_timeout=120) as client:
+            await client.send("hello")
+            return await asyncio.wait_for(client.recv(), 120)
+    assert asyncio.run(echoed()).startswith("hello"), "no echo"
     return OK
 
 

@@ -130,6 +130,23 @@ def test_a_file_of_64_mebibytes_survives_the_round_trip(machine):
     machine.sh("rm /workspace/big")
 
 
+def test_an_upload_goes_on_after_a_pause_in_its_middle(machine):
+    chunk = hashlib.sha512(b"torpor").digest() * 4096
+    wakes = machine.get()["wakes"]
+
+    def pieces():
+        for number in range(32):
+            if number in (8, 24):
+                assert machine.pause()["status"] == "paused"
+            yield chunk
+    response = transfer("PUT", machine, "/workspace/slow", pieces())[1]
+    entry = json.loads(response.read())
+    assert (response.status, entry.get("size")) == (200, 32 * len(chunk)), entry
+    assert machine.sh("sha256sum /workspace/slow").split()[0] == hashlib.sha256(chunk * 32).hexdigest()
+    assert machine.get()["wakes"] == wakes + 2
+    machine.sh("rm /workspace/slow")
+
+
 def test_files_are_listed_changed_and_removed(machine):
     def files(operation, **body):
         return torpor.call("POST", f"/v1/machines/{machine.id}/files/{operation}", body)

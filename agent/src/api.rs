@@ -35,7 +35,7 @@ mod validate;
 mod why;
 
 pub use auth::{Token, TokenError};
-pub use serve::{ServeError, bind_unix, serve_tcp, serve_unix};
+pub use serve::{ServeError, bind_unix, serve_tcp, serve_tcp_on, serve_unix};
 
 use crate::machine::fleet::Fleet;
 use axum::Router;

@@ -2,8 +2,8 @@
 //!
 //! An [`Inside`] is a machine and who asks; it holds nothing. Everything here waits for the guest, which is woken
 //! if the wake switch of the one who asks is on, except what is said not to wake. Nothing here keeps a machine
-//! from pausing for longer than one short request; what lasts ([`session`], [`files`] in transit) is either
-//! taken up again after a wake or fails with `guest_unreachable`.
+//! from pausing for longer than one short request; what lasts ([`session`], [`files`] in transit) is taken up again
+//! after a wake, or fails with `guest_unreachable` where that cannot be.
 //!
 //! Not its job: HTTP, SSH, what a pause means. The native API, the façades and the SSH gateway are built on this.
 

@@ -9,6 +9,7 @@
 //! * [`inside`] – what is done inside a running guest: processes, terminals, files, figures.
 //! * [`execution`], [`vmm_client`], [`guest_client`], [`net`], [`images`] – the platform: VMM processes, guest
 //!   agents, network slots, files.
+//! * [`sockets`] – listening sockets that outlive this process.
 
 pub mod api;
 pub mod config;
@@ -19,6 +20,7 @@ pub mod images;
 pub mod inside;
 pub mod machine;
 pub mod net;
+pub mod sockets;
 pub mod ssh;
 pub mod store;
 pub mod vmm_client;

@@ -8,10 +8,12 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use nix::fcntl::{Flock, FlockArg};
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use torpor_agent::api::{self, Token};
@@ -20,6 +22,7 @@ use torpor_agent::execution::Platform;
 use torpor_agent::machine::clock::SystemClock;
 use torpor_agent::machine::fleet::Fleet;
 use torpor_agent::machine::{leases, pre_copy, retention, room, usage};
+use torpor_agent::sockets::{self, Sockets};
 use torpor_agent::ssh;
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
@@ -68,11 +71,12 @@ fn start() -> Result<()> {
         .with_ansi(false)
         .init();
     end_on_panic();
+    let sockets = Sockets::inherited();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start tokio")?;
-    let outcome = runtime.block_on(run(&config));
+    let outcome = runtime.block_on(run(&config, &sockets));
     // Tasks of machines may wait for VMMs; nobody has to wait for them.
     runtime.shutdown_background();
     outcome
@@ -86,7 +90,7 @@ fn end_on_panic() {
     }));
 }
 
-async fn run(config: &Config) -> Result<()> {
+async fn run(config: &Config, sockets: &Arc<Sockets>) -> Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot catch SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot catch SIGINT")?;
     for dir in [&config.state_dir, &config.run_dir] {
@@ -109,11 +113,13 @@ async fn run(config: &Config) -> Result<()> {
     if let Some(token) = &token {
         fleet.edge().set_api_token(token.clone());
     }
-    let proxy = start_proxy(config, &fleet)?;
+    let proxy = start_proxy(config, &fleet, sockets)?;
     fleet
         .recover()
         .await
         .context("cannot take up the machines of this host")?;
+    // Not before: whoever waits at these would be told that there is no such service.
+    serve_host_names(config, &proxy)?;
     tokio::spawn(leases::run(fleet.clone()));
     let counting = tokio::spawn(fleet.clone().keep_grant_usage());
     tokio::spawn(retention::run(fleet.clone()));
@@ -122,8 +128,9 @@ async fn run(config: &Config) -> Result<()> {
     tokio::spawn(usage::run(fleet.clone()));
 
     let ended = CancellationToken::new();
-    let gateway = start_ssh(config, &fleet, token.clone()).await?;
-    serve(config, &fleet, token, &ended).await?;
+    let gateway = start_ssh(config, &fleet, token.clone(), sockets)?;
+    serve(config, &fleet, token, (sockets, &ended))?;
+    sockets.end_the_rest();
     tracing::info!(state_dir = %config.state_dir.display(), "ready");
     // Outside systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
@@ -155,7 +162,7 @@ fn lock(state_dir: &Path) -> Result<Flock<File>> {
         .with_context(|| format!("another torpord holds {}", path.display()))
 }
 
-fn start_proxy(config: &Config, fleet: &Fleet) -> Result<Arc<Proxy>> {
+fn start_proxy(config: &Config, fleet: &Fleet, sockets: &Arc<Sockets>) -> Result<Arc<Proxy>> {
     let tls = match (&config.proxy.tls_cert_file, &config.proxy.tls_key_file) {
         (Some(certificate), Some(key)) => Some(Arc::new(Tls::read(certificate, key)?)),
         _ => None,
@@ -163,30 +170,51 @@ fn start_proxy(config: &Config, fleet: &Fleet) -> Result<Arc<Proxy>> {
     let settings = ProxyConfig {
         listen_ip: config.proxy.listen_ip,
         tls: tls.clone(),
+        sockets: Arc::clone(sockets) as _,
         ..ProxyConfig::default()
     };
     let proxy = Arc::new(Proxy::new(settings, Arc::new(FleetWaker(fleet.clone()))));
     fleet
         .routes()
         .attach(Arc::new(ProxyListeners(Arc::clone(&proxy))));
+    reload_on_hangup(tls)?;
+    Ok(proxy)
+}
+
+fn serve_host_names(config: &Config, proxy: &Proxy) -> Result<()> {
     if let Some(address) = config.proxy.http_listen {
         proxy.serve_host_names(address, &config.proxy.domain, Entrance::PlainOrTls)?;
     }
     if let Some(address) = config.proxy.https_listen {
         proxy.serve_host_names(address, &config.proxy.domain, Entrance::Tls)?;
     }
-    reload_on_hangup(tls)?;
-    Ok(proxy)
+    Ok(())
 }
 
-async fn start_ssh(config: &Config, fleet: &Fleet, token: Option<Token>) -> Result<Option<Gateway>> {
+fn start_ssh(
+    config: &Config,
+    fleet: &Fleet,
+    token: Option<Token>,
+    sockets: &Sockets,
+) -> Result<Option<Gateway>> {
     let Some(listen) = config.ssh.listen else {
         return Ok(None);
     };
+    let listener = (asynchronous(sockets.tcp(listen)), listen);
     let host = host_of(listen.ip());
-    Ok(Some(
-        ssh::start(fleet, listen, host, &config.state_dir, token).await?,
-    ))
+    Ok(Some(ssh::start_on(
+        fleet,
+        listener,
+        host,
+        &config.state_dir,
+        token,
+    )?))
+}
+
+fn asynchronous(listener: io::Result<std::net::TcpListener>) -> io::Result<TcpListener> {
+    let listener = listener?;
+    listener.set_nonblocking(true)?;
+    TcpListener::from_std(listener)
 }
 
 /// SIGHUP reads the certificate again; without one it does nothing.
@@ -205,13 +233,13 @@ fn reload_on_hangup(tls: Option<Arc<Tls>>) -> Result<()> {
     Ok(())
 }
 
-async fn serve(
+fn serve(
     config: &Config,
     fleet: &Fleet,
     token: Option<Token>,
-    ended: &CancellationToken,
+    (sockets, ended): (&Sockets, &CancellationToken),
 ) -> Result<()> {
-    let listener = api::bind_unix(&config.api.unix_socket)?;
+    let listener = unix_listener(&config.api.unix_socket, sockets)?;
     tokio::spawn(api::serve_unix(
         listener,
         api::router(fleet.clone()),
@@ -234,8 +262,27 @@ async fn serve(
     ];
     for (address, router) in served {
         if let Some(address) = address {
-            api::serve_tcp(address, router, ended.clone().cancelled_owned()).await?;
+            let listener =
+                asynchronous(sockets.tcp(address)).with_context(|| format!("cannot listen on {address}"))?;
+            drop(api::serve_tcp_on(
+                listener,
+                router,
+                ended.clone().cancelled_owned(),
+            ));
         }
     }
     Ok(())
+}
+
+fn unix_listener(path: &Path, sockets: &Sockets) -> Result<UnixListener> {
+    let Some(kept) = sockets.kept_unix(path) else {
+        let listener = api::bind_unix(path)?;
+        sockets::keep(&listener);
+        return Ok(listener);
+    };
+    let asynchronous = || {
+        kept.set_nonblocking(true)?;
+        UnixListener::from_std(kept)
+    };
+    asynchronous().with_context(|| format!("cannot listen on {}", path.display()))
 }

@@ -17,6 +17,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
+use tokio::net::TcpListener;
 use torpor_api::http::{
     MachineSshKey, NewSshKey, SshAccess, SshAccessRequest, SshGateway, SshKey, SshKeyList,
 };
@@ -72,6 +73,25 @@ pub async fn start(
     state_dir: &Path,
     token: Option<Token>,
 ) -> Result<Gateway, SshError> {
+    let bound = TcpListener::bind(listen).await;
+    start_on(fleet, (bound, listen), host, state_dir, token)
+}
+
+/// Likewise, on a socket that listens at this address already, or why there is none.
+///
+/// # Errors
+/// As of [`start`].
+pub fn start_on(
+    fleet: &Fleet,
+    (listener, listen): (std::io::Result<TcpListener>, SocketAddr),
+    host: String,
+    state_dir: &Path,
+    token: Option<Token>,
+) -> Result<Gateway, SshError> {
+    let listener = listener.map_err(|source| GatewayError::Bind {
+        address: listen,
+        source,
+    })?;
     let host_key = load_or_create_key(&state_dir.join("ssh_host_ed25519_key"), "torpor")?;
     let authority_key = load_or_create_key(&state_dir.join("ssh_user_ca_key"), "torpor-user-ca")?;
     let authority = Arc::new(Authority::new(authority_key));
@@ -83,7 +103,7 @@ pub async fn start(
         max_connections: MAX_CONNECTIONS,
     };
     let backend = FleetBackend::new(fleet.clone(), token);
-    let gateway = Gateway::start(config, Arc::new(backend)).await?;
+    let gateway = Gateway::start_on(listener, config, Arc::new(backend))?;
     fleet.attach_ssh(Door {
         authority,
         host_key: public_key,

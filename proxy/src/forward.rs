@@ -11,7 +11,7 @@ mod tcp;
 mod tunnel;
 mod upstream;
 
-pub(crate) use self::http::{From, Privacy, serve_http};
+pub(crate) use self::http::{From, LAST_WORDS, Privacy, serve_http};
 pub(crate) use self::tcp::serve_tcp;
 
 use crate::listen::ProxyConfig;

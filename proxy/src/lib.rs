@@ -28,7 +28,7 @@ mod route;
 mod tls;
 mod waker;
 
-pub use listen::{Entrance, ListenError, Proxy, ProxyConfig};
+pub use listen::{Entrance, ListenError, OwnSockets, Proxy, ProxyConfig, Sockets};
 pub use tls::{Tls, TlsError};
 pub use waker::{
     Activity, Admission, Awake, Cause, Connected, DEFAULT_RETRY_AFTER, EdgeCookie, FirstByteHook, Guard,

@@ -2,20 +2,24 @@
 //!
 //! Every listener is one task that accepts, and every connection is one task. [`Proxy::hide`] ends the accepting
 //! task and lets connections under way finish. What happens on a connection is `forward`'s job.
+//!
+//! Somebody else may hold a copy of a listening socket ([`Sockets`]), so that it goes on taking connections while this
+//! process is replaced. Hiding a service therefore ends the socket itself; a shutdown only stops accepting.
 
-use crate::forward::{From, Permit, Privacy, Shared, serve_http, serve_tcp};
+use crate::forward::{From, LAST_WORDS, Permit, Privacy, Shared, serve_http, serve_tcp};
 use crate::respond;
 use crate::route::Route;
 use crate::tls::Tls;
 use crate::waker::{WakeRefusal, Waker};
 use socket2::{SockRef, TcpKeepalive};
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -34,6 +38,31 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(15);
 /// First byte of a TLS connection.
 const TLS_HANDSHAKE: u8 = 22;
 
+/// Where listening sockets come from.
+pub trait Sockets: Debug + Send + Sync {
+    /// A socket that listens at this address; port 0 stands for any that is free.
+    ///
+    /// # Errors
+    /// The address is taken or not this host's.
+    fn listen(&self, address: SocketAddr) -> io::Result<std::net::TcpListener>;
+}
+
+/// Sockets of this process alone.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct OwnSockets;
+
+impl Sockets for OwnSockets {
+    fn listen(&self, address: SocketAddr) -> io::Result<std::net::TcpListener> {
+        let family = socket2::Domain::for_address(address);
+        let socket = socket2::Socket::new(family, socket2::Type::STREAM, Some(socket2::Protocol::TCP))?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&address.into())?;
+        // The kernel caps it at net.core.somaxconn; a dropped SYN would cost the client a second.
+        socket.listen(4096)?;
+        Ok(socket.into())
+    }
+}
+
 /// Bounds and addresses of a proxy.
 #[derive(Debug, Clone)]
 pub struct ProxyConfig {
@@ -49,6 +78,8 @@ pub struct ProxyConfig {
     pub max_connections: usize,
     /// With it every HTTP listener takes TLS, too.
     pub tls: Option<Arc<Tls>>,
+    /// Where its listening sockets come from.
+    pub sockets: Arc<dyn Sockets>,
 }
 
 impl Default for ProxyConfig {
@@ -60,6 +91,7 @@ impl Default for ProxyConfig {
             max_head_bytes: 64 << 10,
             max_connections: 4096,
             tls: None,
+            sockets: Arc::new(OwnSockets),
         }
     }
 }
@@ -88,7 +120,7 @@ pub struct Proxy {
 
 struct Listener {
     closing: CancellationToken,
-    accepting: JoinHandle<()>,
+    accepting: JoinHandle<TcpListener>,
 }
 
 impl Drop for Listener {
@@ -115,7 +147,7 @@ impl Proxy {
     /// # Errors
     /// The port is taken.
     pub fn expose(&self, listen_port: u16, kind: ServiceKind) -> Result<u16, ListenError> {
-        let (listener, address) = bind(SocketAddr::new(self.config.listen_ip, listen_port))?;
+        let (listener, address) = self.bind(SocketAddr::new(self.config.listen_ip, listen_port))?;
         let listen_port = address.port();
         let entrance = Entrance::PlainOrTls;
         self.listen(
@@ -139,7 +171,7 @@ impl Proxy {
         domain: &str,
         entrance: Entrance,
     ) -> Result<SocketAddr, ListenError> {
-        let (listener, address) = bind(address)?;
+        let (listener, address) = self.bind(address)?;
         let domain = domain.trim_matches('.').to_ascii_lowercase();
         self.listen(
             listener,
@@ -157,21 +189,34 @@ impl Proxy {
         let Some(listener) = self.listeners().remove(&listen_port) else {
             return false;
         };
-        listener.close().await;
+        if let Some(socket) = listener.close().await {
+            // Whoever holds a copy of it keeps nobody waiting. A socket that refuses is closed already.
+            let _ = SockRef::from(&socket).shutdown(Shutdown::Both);
+        }
         true
     }
 
-    /// Closes every listener and waits up to `grace` for the connections under way; answers how many were left.
+    /// Accepts no more and waits up to `grace` for the connections under way; answers how many were left.
     pub async fn shutdown(&self, grace: Duration) -> usize {
         let listeners: Vec<Listener> = self.listeners().drain().map(|(_, listener)| listener).collect();
         for listener in listeners {
-            listener.close().await;
+            drop(listener.close().await);
         }
         self.tasks.close();
         if tokio::time::timeout(grace, self.tasks.wait()).await.is_ok() {
             return 0;
         }
         self.tasks.len()
+    }
+
+    fn bind(&self, address: SocketAddr) -> Result<(TcpListener, SocketAddr), ListenError> {
+        let bind = || {
+            let listener = self.config.sockets.listen(address)?;
+            listener.set_nonblocking(true)?;
+            let bound = listener.local_addr()?;
+            Ok((TcpListener::from_std(listener)?, bound))
+        };
+        bind().map_err(|source| ListenError::Bind { address, source })
     }
 
     fn listen(&self, listener: TcpListener, port: u16, kind: ServiceKind, route: Route, entrance: Entrance) {
@@ -199,10 +244,10 @@ impl Proxy {
 }
 
 impl Listener {
-    async fn close(mut self) {
+    /// Accepts no more; a panic in the accepting task has closed the socket, too.
+    async fn close(mut self) -> Option<TcpListener> {
         self.closing.cancel();
-        // A panic in the accepting task has closed the socket too.
-        let _ = (&mut self.accepting).await;
+        (&mut self.accepting).await.ok()
     }
 }
 
@@ -225,11 +270,11 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    async fn run(self, listener: TcpListener) {
+    async fn run(self, listener: TcpListener) -> TcpListener {
         loop {
             let accepted = tokio::select! {
                 biased;
-                () = self.closing.cancelled() => return,
+                () = self.closing.cancelled() => return listener,
                 accepted = listener.accept() => accepted,
             };
             match accepted {
@@ -239,7 +284,7 @@ impl Acceptor {
                     tracing::warn!(error = %error, "cannot accept a connection");
                     // Out of descriptors or memory: accept would fail at once, again and again.
                     tokio::select! {
-                        () = self.closing.cancelled() => return,
+                        () = self.closing.cancelled() => return listener,
                         () = tokio::time::sleep(ACCEPT_PAUSE) => {}
                     }
                 }
@@ -330,7 +375,7 @@ async fn enter(
     };
     let entered = tokio::select! {
         entered = tokio::time::timeout(shared.config.head_timeout, knock) => entered,
-        () = closing.cancelled() => return,
+        () = async { closing.cancelled().await; tokio::time::sleep(LAST_WORDS).await } => return,
     };
     match entered {
         Ok(Ok(Entered::Plain(stream))) => serve_http(shared, stream, from(Privacy::Plain), closing).await,
@@ -362,21 +407,4 @@ fn is_connections_own(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::Interrupted
     )
-}
-
-fn bind(address: SocketAddr) -> Result<(TcpListener, SocketAddr), ListenError> {
-    let bind = || {
-        let socket = if address.is_ipv4() {
-            TcpSocket::new_v4()?
-        } else {
-            TcpSocket::new_v6()?
-        };
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        // The kernel caps it at net.core.somaxconn; a dropped SYN would cost the client a second.
-        let listener = socket.listen(4096)?;
-        let bound = listener.local_addr()?;
-        Ok((listener, bound))
-    };
-    bind().map_err(|source| ListenError::Bind { address, source })
 }

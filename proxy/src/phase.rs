@@ -84,7 +84,7 @@ impl Phase {
     }
 
     /// Whether no request is complete that an answer could be for.
-    fn awaits_head(&self) -> bool {
+    pub(crate) fn awaits_head(&self) -> bool {
         matches!(*self.state(), State::Fresh { .. } | State::Head { .. })
     }
 

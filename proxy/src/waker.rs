@@ -8,7 +8,8 @@ use async_trait::async_trait;
 use std::any::Any;
 use std::fmt;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -293,11 +294,22 @@ impl WakeRefusal {
     }
 }
 
-/// Payload bytes that passed, for sliding leases. Cheap to bump from many connections.
+/// Payload bytes that passed and requests that wait for their answer, for sliding leases. Cheap to bump from many
+/// connections.
 #[derive(Debug, Default)]
 pub struct Activity {
     to_guest_bytes: AtomicU64,
     from_guest_bytes: AtomicU64,
+    n_unanswered: AtomicUsize,
+}
+
+/// A request that the guest has not begun to answer, until this is dropped.
+pub(crate) struct Unanswered(Arc<Activity>);
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        self.0.n_unanswered.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Activity {
@@ -311,6 +323,17 @@ impl Activity {
     #[must_use]
     pub fn from_guest_bytes(&self) -> u64 {
         self.from_guest_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Requests that the guest has and has not begun to answer: somebody waits for work that it does.
+    #[must_use]
+    pub fn n_unanswered(&self) -> usize {
+        self.n_unanswered.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn unanswered(self: &Arc<Self>) -> Unanswered {
+        self.n_unanswered.fetch_add(1, Ordering::Relaxed);
+        Unanswered(Arc::clone(self))
     }
 
     pub(crate) fn add(&self, direction: Direction, len_bytes: usize) {

@@ -84,6 +84,22 @@ impl Gateway {
             source,
         };
         let listener = TcpListener::bind(config.listen).await.map_err(failed)?;
+        Self::start_on(listener, config, backend)
+    }
+
+    /// Serve on a socket that listens already, until [`Gateway::shutdown`].
+    ///
+    /// # Errors
+    /// The socket has no address.
+    pub fn start_on(
+        listener: TcpListener,
+        config: GatewayConfig,
+        backend: Arc<dyn Backend>,
+    ) -> Result<Self, GatewayError> {
+        let failed = |source| GatewayError::Bind {
+            address: config.listen,
+            source,
+        };
         let address = listener.local_addr().map_err(failed)?;
         let (ended, tasks) = (CancellationToken::new(), TaskTracker::new());
         let acceptor = Acceptor {

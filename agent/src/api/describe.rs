@@ -177,7 +177,19 @@ impl<T: IntoParams> Taken for Query<T> {
     }
 }
 
-/// The one header that handlers look at.
+impl Taken for super::events::LastEventId {
+    fn describe(into: &mut Description) {
+        into.parameters.push(json!({
+            "name": "Last-Event-ID",
+            "in": "header",
+            "required": false,
+            "description": "What a client of server-sent events that connects again saw last.",
+            "schema": { "type": "string" },
+        }));
+    }
+}
+
+/// The one header that handlers look at otherwise.
 impl Taken for HeaderMap {
     fn describe(into: &mut Description) {
         into.parameters.push(json!({

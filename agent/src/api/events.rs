@@ -6,9 +6,10 @@ use super::extract::{Named, Query};
 use crate::machine::fleet::Fleet;
 use crate::store::EventFilter;
 use axum::Json;
-use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::extract::{FromRequestParts, State};
+use axum::http::request::Parts;
 use axum::response::IntoResponse;
 use axum::response::sse::{self, Sse};
 use futures_util::{SinkExt, Stream, StreamExt};
@@ -73,27 +74,42 @@ pub(super) async fn stream_of_machine(
     State(fleet): State<Fleet>,
     Named(id): Named,
     Query(from): Query<From>,
+    seen: LastEventId,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<EitherStream, Failure> {
-    stream(fleet, Some(id), from, upgrade.ok()).await
+    stream(fleet, Some(id), (from, seen), upgrade.ok()).await
 }
 
 pub(super) async fn stream_of_host(
     State(fleet): State<Fleet>,
     Query(from): Query<From>,
+    seen: LastEventId,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<EitherStream, Failure> {
-    stream(fleet, None, from, upgrade.ok()).await
+    stream(fleet, None, (from, seen), upgrade.ok()).await
+}
+
+/// What a client of server-sent events that connects again has seen: the last offset that it was told.
+pub(super) struct LastEventId(Option<u64>);
+
+impl<S: Sync> FromRequestParts<S> for LastEventId {
+    type Rejection = Infallible;
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let sent = parts.headers.get("last-event-id");
+        Ok(Self(sent.and_then(|sent| sent.to_str().ok()?.parse().ok())))
+    }
 }
 
 /// Events as they happen: over WebSocket if the client asks for that, else server-sent.
 async fn stream(
     fleet: Fleet,
     machine: Option<MachineId>,
-    from: From,
+    (from, seen): (From, LastEventId),
     upgrade: Option<WebSocketUpgrade>,
 ) -> Result<EitherStream, Failure> {
-    let events = Box::pin(follow(fleet, machine, from.after.unwrap_or(0)));
+    // A browser that connects again asks as it did first; nothing is told twice.
+    let after = from.after.max(seen.0).unwrap_or(0);
+    let events = Box::pin(follow(fleet, machine, after));
     let response = match upgrade {
         Some(upgrade) => upgrade.on_upgrade(|socket| async move {
             // A client that is gone needs no answer.

@@ -72,10 +72,18 @@ pub async fn serve_tcp(
     let failed = |source| ServeError::Tcp { address, source };
     let listener = TcpListener::bind(address).await.map_err(failed)?;
     let bound = listener.local_addr().map_err(failed)?;
-    let task = tokio::spawn(async move {
+    Ok((bound, serve_tcp_on(listener, router, ended)))
+}
+
+/// Serve on a socket that listens already until `ended`.
+pub fn serve_tcp_on(
+    listener: TcpListener,
+    router: Router,
+    ended: impl Future<Output = ()> + Send + 'static,
+) -> tokio::task::JoinHandle<()> {
+    tokio::spawn(async move {
         if let Err(error) = axum::serve(listener, router).with_graceful_shutdown(ended).await {
             tracing::error!(%error, "API on TCP ended");
         }
-    });
-    Ok((bound, task))
+    })
 }

@@ -1,5 +1,6 @@
 //! The real router over a real store, real drivers and a simulated host.
 
+mod events;
 pub(super) mod facade;
 mod refusals;
 mod sdk_docs;

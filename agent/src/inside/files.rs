@@ -2,10 +2,11 @@
 //!
 //! Paths are absolute. An operation for a user is done with that user's rights in the guest.
 
+mod transfer;
+
 use super::{About, Inside, failed};
-use crate::guest_client::files::{FileRead, FileWrite, Listing};
+use crate::guest_client::files::Listing;
 use crate::machine::error::MachineError;
-use crate::machine::fleet::Presence;
 use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 use std::fmt::Display;
@@ -13,6 +14,7 @@ use torpor_api::ErrorCode;
 use torpor_api::guest::{FileAttributes, FileEntry, GuestRequest};
 
 pub use crate::guest_client::files::WriteOptions;
+pub use transfer::{Download, Upload};
 
 /// A part of a directory's entries.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,122 +25,7 @@ pub struct ListPage {
     pub more: bool,
 }
 
-/// A file on its way out. The machine does not pause by itself meanwhile; if it is paused, the transfer fails.
-pub struct Download {
-    presence: Presence,
-    read: FileRead,
-    first: Option<Bytes>,
-    is_over: bool,
-    _at_work: crate::machine::gate::AtWork,
-}
-
-/// A file on its way in, likewise.
-pub struct Upload {
-    presence: Presence,
-    write: FileWrite,
-    _at_work: crate::machine::gate::AtWork,
-}
-
-impl Download {
-    /// The next bytes, or `None` at the end.
-    ///
-    /// # Errors
-    /// The guest's, or `guest_unreachable`.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, MachineError> {
-        if let Some(first) = self.first.take() {
-            return Ok(Some(first));
-        }
-        if self.is_over {
-            return Ok(None);
-        }
-        let read = &mut self.read;
-        let chunk = async { read.next_chunk().await.map_err(failed(About::File)) };
-        let chunk = self.presence.during(chunk).await?;
-        self.is_over = chunk.is_none();
-        Ok(chunk)
-    }
-
-    /// The rest as a stream.
-    pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, MachineError>> + Send {
-        futures_util::stream::try_unfold(self, |mut download| async move {
-            Ok(download.next().await?.map(|bytes| (bytes, download)))
-        })
-    }
-}
-
-impl Upload {
-    /// More bytes.
-    ///
-    /// # Errors
-    /// The guest's, or `guest_unreachable`.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<(), MachineError> {
-        let write = &mut self.write;
-        let sent = async { write.write(bytes).await.map_err(failed(About::File)) };
-        self.presence.during(sent).await
-    }
-
-    /// No more bytes: the number of bytes that the guest wrote.
-    ///
-    /// # Errors
-    /// The guest's, or `guest_unreachable`.
-    pub async fn finish(self) -> Result<u64, MachineError> {
-        let Self { presence, write, .. } = self;
-        presence
-            .during(async { write.finish().await.map_err(failed(About::File)) })
-            .await
-    }
-}
-
 impl Inside {
-    /// Read a file from an offset on, at most `len` bytes if given.
-    ///
-    /// # Errors
-    /// The wake's, the guest's (before the first byte), or `guest_unreachable`.
-    pub async fn download(
-        &self,
-        path: &str,
-        (offset, len): (u64, Option<u64>),
-        user: Option<String>,
-    ) -> Result<Download, MachineError> {
-        let presence = self.presence("download").await?;
-        let begun = async {
-            let mut read = presence
-                .guest
-                .read_file(path.to_owned(), offset, len, user)
-                .await?;
-            let first = read.next_chunk().await?;
-            Ok((read, first))
-        };
-        let (read, first) = presence
-            .during(async { begun.await.map_err(failed(About::File)) })
-            .await?;
-        Ok(Download {
-            _at_work: presence.at_work(),
-            is_over: first.is_none(),
-            first,
-            presence,
-            read,
-        })
-    }
-
-    /// Write a file; what was there is replaced unless the options say otherwise. Parents are made.
-    ///
-    /// # Errors
-    /// The wake's, or `guest_unreachable`; the guest's come with the bytes.
-    pub async fn upload(&self, path: &str, options: WriteOptions) -> Result<Upload, MachineError> {
-        let presence = self.presence("upload").await?;
-        let begun = async {
-            let write = presence.guest.write_file(path.to_owned(), options).await;
-            write.map_err(failed(About::File))
-        };
-        let write = presence.during(begun).await?;
-        Ok(Upload {
-            _at_work: presence.at_work(),
-            presence,
-            write,
-        })
-    }
-
     /// Write a file from a stream: the number of bytes written.
     ///
     /// # Errors

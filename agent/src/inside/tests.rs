@@ -5,7 +5,7 @@ use super::files::WriteOptions;
 use super::processes::Command;
 use super::session::{Session, SessionEvent};
 use crate::machine::error::MachineError;
-use crate::machine::fleet::WakeSource;
+use crate::machine::fleet::{PolicyRule, Settings, WakeSource};
 use crate::machine::tests::World;
 use bytes::Bytes;
 use serde_json::json;
@@ -55,7 +55,19 @@ impl Drop for Lab {
 
 impl Lab {
     pub(crate) async fn new() -> Self {
-        let world = World::new();
+        Self::over(World::new()).await
+    }
+
+    /// Whose pauses wait for nobody.
+    async fn hasty() -> Self {
+        let settings = Settings {
+            drain_grace: Duration::from_millis(1),
+            ..Settings::default()
+        };
+        Self::over(World::with(settings)).await
+    }
+
+    async fn over(world: World) -> Self {
         let at = |name: &str| world.directory.path().join(name);
         let agent = std::process::Command::new(agent_program())
             .arg("--no-init")
@@ -436,6 +448,85 @@ async fn files_go_in_and_out_and_wake() {
         code(inside.list("relative", 1, (0, 10), None).await),
         ErrorCode::InvalidRequest
     );
+}
+
+#[tokio::test]
+async fn files_in_transit_go_on_after_pauses() {
+    let lab = Lab::hasty().await;
+    let inside = lab.inside();
+    let path = lab.path("large");
+    let contents: Vec<u8> = (0..4u32 << 20).flat_map(u32::to_le_bytes).collect();
+    let mut upload = inside.upload(&path, WriteOptions::default()).await.unwrap();
+    for (n, piece) in contents.chunks(300_000).enumerate() {
+        upload.write(piece).await.unwrap();
+        if n % 16 == 7 {
+            lab.pause().await;
+        }
+    }
+    lab.pause().await;
+    assert_eq!(upload.finish().await, Ok(contents.len() as u64));
+    assert!(
+        std::fs::read(&path).unwrap() == contents,
+        "bytes were lost or doubled"
+    );
+
+    let mut download = inside.download(&path, (7, Some(15 << 20)), None).await.unwrap();
+    let mut got = Vec::new();
+    let mut n_pauses = 0;
+    while let Some(bytes) = download.next().await.unwrap() {
+        got.extend(bytes);
+        if got.len() > n_pauses * (4 << 20) {
+            lab.pause().await;
+            n_pauses += 1;
+        }
+    }
+    assert!(got == contents[7..][..15 << 20], "bytes were lost or doubled");
+    assert_eq!((n_pauses, lab.world.host.n_restores()), (4, 8));
+}
+
+#[tokio::test]
+async fn an_upload_whose_file_was_touched_meanwhile_or_that_began_in_a_file_fails_with_the_pause() {
+    let lab = Lab::hasty().await;
+    let inside = lab.inside();
+    let path = lab.path("file");
+    let append = WriteOptions {
+        append: true,
+        ..WriteOptions::default()
+    };
+    for (options, touched) in [(append, false), (WriteOptions::default(), true)] {
+        let mut upload = inside.upload(&path, options).await.unwrap();
+        for _ in 0..2 {
+            upload.write(b"some bytes").await.unwrap();
+        }
+        lab.pause().await;
+        if touched {
+            std::fs::write(&path, vec![0; 1000]).unwrap();
+        }
+        let error = upload.finish().await.unwrap_err();
+        assert_eq!(error.code, ErrorCode::GuestUnreachable, "touched: {touched}");
+    }
+}
+
+#[tokio::test]
+async fn a_transfer_wakes_only_where_the_switch_is_on() {
+    let lab = Lab::hasty().await;
+    let mut upload = lab
+        .inside()
+        .upload(&lab.path("file"), WriteOptions::default())
+        .await
+        .unwrap();
+    for _ in 0..2 {
+        upload.write(b"some bytes").await.unwrap();
+    }
+    let off = PatchWake {
+        api: Some(false),
+        ..PatchWake::default()
+    };
+    let rule = PolicyRule::DestroyOrWake;
+    lab.world.fleet.patch_wake(&lab.id, off, rule).await.unwrap();
+    lab.pause().await;
+    assert_eq!(code(upload.finish().await), ErrorCode::AutoResumeDisabled);
+    assert_eq!(lab.status().await, MachineStatus::Paused);
 }
 
 #[tokio::test]

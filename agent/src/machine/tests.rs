@@ -2,6 +2,7 @@
 
 mod admission;
 mod faults;
+mod instants;
 mod leases;
 mod oracle;
 mod restart;
@@ -41,7 +42,7 @@ impl World {
     pub(crate) fn with(settings: Settings) -> Self {
         let host = SimulatedHost::new();
         let clock = Arc::new(ManualClock::at(START_UNIX_MS));
-        let directory = tempfile::tempdir().unwrap();
+        let directory = scratch();
         let fleet = torpord(&host, &clock, &directory, &settings);
         Self {
             host,
@@ -155,6 +156,13 @@ impl World {
             .filter(|event| *event == kind)
             .count()
     }
+}
+
+/// In memory where there is a file system for that: what a sync costs is no part of what is tested.
+fn scratch() -> TempDir {
+    tempfile::tempdir_in("/dev/shm")
+        .or_else(|_| tempfile::tempdir())
+        .unwrap()
 }
 
 fn torpord(

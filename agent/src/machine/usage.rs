@@ -1,10 +1,10 @@
 //! The meter: which running machines are in use by what nobody tells of, and since when.
 //!
-//! Requests and sessions report themselves at the gate. Payload on open connections, traffic of the guest's own and
-//! busy processors are only seen by comparing counters, so one task looks at every running machine every
-//! [`LOOK_EVERY`], or three times in a sliding lease's window if that is shorter; and the lease timer once more before a
-//! lease ends. What passed since the last look counts as if it were now, so a lease ends at most a third of its window
-//! late.
+//! Requests and sessions report themselves at the gate when they begin. Requests that still wait for their answer, payload
+//! on open connections, traffic of the guest's own and busy processors are only seen by looking, so one task looks at
+//! every running machine every [`LOOK_EVERY`], or three times in a sliding lease's window if that is shorter; and the
+//! lease timer once more before a lease ends. What passed since the last look counts as if it were now, so a lease ends
+//! at most a third of its window late.
 
 use super::fleet::Fleet;
 use super::registry::Handle;
@@ -110,7 +110,8 @@ pub(super) async fn look(fleet: &Fleet, id: &MachineId, handle: &Handle, policy:
     let before = fleet.shared.meter.lock().insert(id.clone(), seen.clone());
     let now = seen.at_unix_ms;
     // The gate counts bytes for as long as the machine has a driver, over its executions.
-    if seen.proxied_bytes != before.as_ref().map_or(0, |before| before.proxied_bytes) {
+    let moved = seen.proxied_bytes != before.as_ref().map_or(0, |before| before.proxied_bytes);
+    if moved || activity.n_unanswered() > 0 {
         gate.touch(ActivitySource::Proxy, now);
     }
     if gate.is_at_work() {

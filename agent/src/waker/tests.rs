@@ -180,3 +180,4 @@ async fn a_host_name_reaches_exposed_ports_only() {
 
 mod edge;
 mod lines;
+mod slow;

@@ -40,6 +40,8 @@ const LEAST_HEAD_BYTES: usize = 8192;
 /// Requests that one HTTP/2 connection may have under way.
 const MAX_STREAMS: u32 = 128;
 const H2_PING_INTERVAL: Duration = Duration::from_secs(30);
+/// Who has just come when the listener closes gets so long to say what for: nobody else would answer it.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Serves one accepted HTTP connection to its end; `closing` lets it finish the requests under way.
 pub(crate) async fn serve_http<S>(shared: Arc<Shared>, stream: S, from: From, closing: CancellationToken)
@@ -62,7 +64,12 @@ where
     let builder = builder(&shared);
     let mut serving = pin!(builder.serve_connection_with_upgrades(io, service));
     let mut overdue = pin!(phase.overdue(shared.config.head_timeout, shared.config.idle_timeout));
-    let mut closed = pin!(closing.cancelled());
+    let mut closed = pin!(async {
+        closing.cancelled().await;
+        if phase.awaits_head() {
+            tokio::time::sleep(LAST_WORDS).await;
+        }
+    });
     let mut is_closing = false;
     loop {
         tokio::select! {
@@ -248,6 +255,7 @@ impl Connection {
             leave.tally.also.clone_from(&admission.also_count);
             let mut link = link;
             request.body_mut().count_in(leave.tally.clone());
+            let _unanswered = leave.tally.machine.unanswered();
             match link.send(request).await {
                 Ok(response) => return Ok((response, link, leave)),
                 Err(SendError::Unsent(unsent)) if was_held => {

@@ -1,11 +1,13 @@
 //! Held links across sleeps, many waiters for one wake, clients that give up, listeners that go away.
 
 use crate::support::{Client, TestMachine, echo_guest, guest, http_proxy, proxy_of};
-use std::sync::Arc;
+use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use tokio::net::TcpStream;
 use torpor_api::http::ServiceKind;
-use torpor_proxy::ProxyConfig;
+use torpor_proxy::{OwnSockets, ProxyConfig, Sockets};
 
 const GET: &str = "GET / HTTP/1.1\r\nHost: a\r\n\r\n";
 
@@ -210,4 +212,47 @@ async fn connections_beyond_the_bound_are_told_and_those_within_it_are_served() 
     tokio::time::timeout(Duration::from_secs(30), within)
         .await
         .expect("the slot was not given back");
+}
+
+#[tokio::test]
+async fn who_has_just_come_when_a_proxy_ends_is_answered() {
+    let machine = TestMachine::at(echo_guest().await);
+    let proxy = http_proxy(&machine);
+    let mut client = proxy.connect().await;
+    // Taken, and silent yet.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    let (left, answer) = tokio::join!(proxy.proxy.shutdown(Duration::from_secs(5)), async {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        client.send(GET).await;
+        client.rest().await
+    });
+    assert_eq!(left, 0);
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+#[derive(Debug, Default)]
+struct Copied(Mutex<Vec<std::net::TcpListener>>);
+
+impl Sockets for Copied {
+    fn listen(&self, address: SocketAddr) -> std::io::Result<std::net::TcpListener> {
+        let listener = OwnSockets.listen(address)?;
+        self.0.lock().unwrap().push(listener.try_clone()?);
+        Ok(listener)
+    }
+}
+
+#[tokio::test]
+async fn hiding_a_service_ends_every_copy_of_its_socket_and_a_shutdown_does_not() {
+    let config = ProxyConfig {
+        sockets: Arc::new(Copied::default()),
+        ..ProxyConfig::default()
+    };
+    let machine = TestMachine::at(echo_guest().await);
+    let hidden = proxy_of(&machine, ServiceKind::Http, config);
+    let kept = hidden.proxy.expose(0, ServiceKind::Http).unwrap();
+    assert!(hidden.proxy.hide(hidden.port).await);
+    assert!(TcpStream::connect(hidden.address()).await.is_err());
+    hidden.proxy.shutdown(Duration::from_secs(5)).await;
+    let waiting = TcpStream::connect(("127.0.0.1", kept)).await;
+    waiting.expect("the copy takes who comes for the next proxy");
 }

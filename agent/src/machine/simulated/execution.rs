@@ -1,7 +1,7 @@
 //! One simulated execution: a state, a counter in memory, a counter on disk.
 
 use super::super::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus};
-use super::guest::{RealAgent, SimulatedGuest};
+use super::guest::{self, RealAgent, SimulatedGuest};
 use super::{Memory, Point, SavedImage, SimulatedHost};
 use crate::guest_client::GuestClient;
 use crate::machine::usage::RunUsage;
@@ -161,30 +161,37 @@ impl SimulatedExecution {
     fn dial(&self) -> SimulatedGuest {
         let (id, host) = (self.id.clone(), Arc::downgrade(&self.host));
         SimulatedGuest::new(move |argv| {
-            let live = host.upgrade()?.lock().live.get(&id).cloned()?;
-            live.execute(argv)
+            let live = host.upgrade().and_then(|host| host.lock().live.get(&id).cloned());
+            live.map_or(guest::Ran::Never, |live| live.execute(argv))
         })
     }
 
-    /// What a program prints; `None` while the guest stands still.
-    fn execute(&self, argv: &[String]) -> Option<Result<String, String>> {
-        if self.lock().state != VmmState::Running {
-            return None;
-        }
-        Some(match argv.first().map(String::as_str) {
-            Some("count") => {
-                let mut inner = self.lock();
-                inner.memory.counter += 1;
-                Ok(inner.memory.counter.to_string())
+    fn execute(&self, argv: &[String]) -> guest::Ran {
+        let mut inner = self.lock();
+        match inner.state {
+            VmmState::Running => {}
+            VmmState::Exited => return guest::Ran::Never,
+            VmmState::Blank | VmmState::Frozen | VmmState::Persisting | VmmState::Durable => {
+                return guest::Ran::NotYet;
             }
-            Some("write") => Ok(self.write_disk().to_string()),
+        }
+        match argv.first().map(String::as_str) {
+            Some("count") => {
+                inner.memory.counter += 1;
+                guest::Ran::Printed(inner.memory.counter.to_string())
+            }
+            Some("write") => {
+                drop(inner);
+                guest::Ran::Printed(self.write_disk().to_string())
+            }
             Some("read") => {
+                drop(inner);
                 let host = self.host.lock();
                 let files = host.files.get(&self.machine);
-                Ok(files.map_or(0, |files| files.disk_counter).to_string())
+                guest::Ran::Printed(files.map_or(0, |files| files.disk_counter).to_string())
             }
-            _ => Err("no such program".to_owned()),
-        })
+            _ => guest::Ran::Refused("no such program".to_owned()),
+        }
     }
 
     fn write_disk(&self) -> u64 {

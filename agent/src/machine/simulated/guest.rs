@@ -5,20 +5,30 @@ use crate::guest_client::channel::{Channel, Dial};
 use async_trait::async_trait;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 use torpor_api::guest::{Attached, FrameType, GuestError, GuestErrorCode, GuestRequest, GuestResponse};
 
-/// What a program prints, or why it does not start; `None` while the guest stands still.
-type Execute = dyn Fn(&[String]) -> Option<Result<String, String>> + Send + Sync;
+/// What becomes of a program.
+pub(super) enum Ran {
+    /// It prints this.
+    Printed(String),
+    /// It does not start.
+    Refused(String),
+    /// The guest stands still: the program is not begun yet.
+    NotYet,
+    /// The execution is over.
+    Never,
+}
+
+type Execute = dyn Fn(&[String]) -> Ran + Send + Sync;
 
 /// The way to a simulated agent.
 pub(super) struct SimulatedGuest(Arc<Execute>);
 
 impl SimulatedGuest {
-    pub(super) fn new(
-        execute: impl Fn(&[String]) -> Option<Result<String, String>> + Send + Sync + 'static,
-    ) -> Self {
+    pub(super) fn new(execute: impl Fn(&[String]) -> Ran + Send + Sync + 'static) -> Self {
         Self(Arc::new(execute))
     }
 }
@@ -31,7 +41,7 @@ impl Dial for SimulatedGuest {
             source,
         })?;
         let execute = Arc::clone(&self.0);
-        // A client that goes away ends it; a guest that stands still closes without an answer.
+        // A client that goes away ends it, and so does the end of the execution.
         tokio::spawn(async move { serve(Channel::over(theirs), &*execute).await });
         Ok(ours)
     }
@@ -71,14 +81,15 @@ async fn serve(mut channel: Channel, execute: &Execute) -> Result<(), GuestClien
         let error = refuse(GuestErrorCode::BadRequest, "a simulated guest runs programs only");
         return send(&mut channel, FrameType::Error, &error).await;
     };
-    let Some(outcome) = execute(&spec.argv) else {
-        return Ok(());
-    };
-    let printed = match outcome {
-        Ok(printed) => printed,
-        Err(message) => {
-            let error = refuse(GuestErrorCode::ExecFailed, &message);
-            return send(&mut channel, FrameType::Error, &error).await;
+    let printed = loop {
+        match execute(&spec.argv) {
+            Ran::Printed(printed) => break printed,
+            Ran::Refused(message) => {
+                let error = refuse(GuestErrorCode::ExecFailed, &message);
+                return send(&mut channel, FrameType::Error, &error).await;
+            }
+            Ran::NotYet => tokio::time::sleep(Duration::from_millis(1)).await,
+            Ran::Never => return Ok(()),
         }
     };
     let attached = Attached {

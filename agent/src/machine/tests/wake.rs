@@ -206,6 +206,37 @@ async fn switches_that_are_off_let_nobody_wake() {
 }
 
 #[tokio::test]
+async fn a_pause_is_not_overtaken_by_who_may_not_wake() {
+    for point in [Point::Freeze, Point::Persist, Point::Persisted, Point::Quit] {
+        let world = World::new();
+        let id = world
+            .create_from(serde_json::json!({ "wake": torpor_api::http::WakePolicy::OFF }))
+            .await
+            .unwrap();
+        let hold = world.host.faults().hold(point);
+        let pause = tokio::spawn({
+            let (fleet, id) = (world.fleet.clone(), id.clone());
+            async move { fleet.pause(&id, PauseOrder::by("api")).await }
+        });
+        hold.arrived().await;
+        for source in [
+            WakeSource::Http,
+            WakeSource::Ssh,
+            WakeSource::Tcp,
+            WakeSource::Api,
+        ] {
+            let refused = world.fleet.wake(&id, source, serde_json::Value::Null).await;
+            let code = refused.map(drop).unwrap_err().code;
+            assert_eq!(code, ErrorCode::AutoResumeDisabled, "{source:?} at {point:?}");
+        }
+        hold.release();
+        pause.await.unwrap().unwrap();
+        assert_eq!(world.status(&id).await, MachineStatus::Paused, "{point:?}");
+        assert_eq!(world.host.n_restores(), 0);
+    }
+}
+
+#[tokio::test]
 async fn pause_and_resume_can_be_repeated() {
     let world = World::new();
     let id = world.create().await;
