@@ -5,9 +5,11 @@ mod exec;
 use super::*;
 use crate::api::tests::facade::{call, token};
 use crate::api::tests::send;
+use crate::machine::fleet::Settings;
 use crate::machine::tests::World;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 fn served(world: &World) -> Router {
     router(world.fleet.clone(), token(world))
@@ -200,6 +202,27 @@ async fn what_is_not_built_says_so_and_a_wrong_key_is_refused() {
     }
     let missing = call(&router, "POST", "/instance?snapshot_id=nope", nothing_said()).await;
     assert_eq!(missing.status, StatusCode::NOT_FOUND, "{}", missing.body);
+}
+
+#[tokio::test]
+async fn a_full_host_says_so_in_the_sdks_words() {
+    let world = World::with(Settings {
+        max_running_mem_mib: 700,
+        wake_timeout: Duration::from_millis(50),
+        ..Settings::default()
+    });
+    let router = served(&world);
+    started(&router, nothing_said()).await;
+    let full = call(&router, "POST", "/instance?snapshot_id=base", nothing_said()).await;
+    assert_eq!(
+        (full.status, &full.body["error_code"], &full.body["retryable"]),
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            &json!("capacity_exceeded"),
+            &json!(true)
+        )
+    );
+    assert!(full.headers.contains_key("retry-after"));
 }
 
 #[tokio::test]
