@@ -1,5 +1,6 @@
 //! The Nullspace API over a real store, real drivers and a simulated host.
 
+mod files;
 mod lifecycle;
 mod processes;
 mod snapshots;
