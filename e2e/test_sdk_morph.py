@@ -280,6 +280,19 @@ def test_a_chain_of_commands_is_made_once_and_found_again(client, instance):
             snapshot.delete()
 
 
+def test_a_reboot_grows_the_disk_and_keeps_what_is_on_it(instance):
+    awake(instance).exec("echo kept >/workspace/kept; sync")
+    large = instance.spec.disk_size * 2
+    instance.reboot(disk_size=large)
+    assert (instance.status.value, instance.spec.disk_size) == ("ready", large)
+    assert instance.exec("cat /workspace/kept").stdout == "kept\n"
+
+    def size_mib():
+        blocks, block_bytes = map(int, instance.exec("stat -f -c '%b %S' /").stdout.split())
+        return blocks * block_bytes >> 20
+    torpor.wait_for(lambda: size_mib() > large * 3 // 4, "the file system has grown beside the boot")
+
+
 def test_a_program_that_is_not_there_is_an_exit_code(instance):
     done = awake(instance).exec(["no-such-program", "x"])
     assert (done.exit_code, "no-such-program" in done.stderr) == (127, True)

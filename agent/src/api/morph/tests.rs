@@ -374,8 +374,16 @@ async fn a_reboot_gives_up_the_memory_and_may_change_the_shape() {
         (&json!(60), &json!("pause")),
         "an action that is not said stays"
     );
-    let refused = call(&router, "POST", &format!("{path}/reboot"), json!({ "vcpus": 99 })).await;
-    assert_eq!(refused.status, StatusCode::BAD_REQUEST);
+    for (disk_size, has) in [(4096, 4096), (1024, 4096)] {
+        let body = json!({ "disk_size": disk_size });
+        let grown = call(&router, "POST", &format!("{path}/reboot"), body).await;
+        assert_eq!(grown.status, StatusCode::OK, "{}", grown.body);
+        assert_eq!(grown.body["spec"]["disk_size"], has, "a disk never shrinks");
+    }
+    for body in [json!({ "vcpus": 99 }), json!({ "disk_size": 2_000_000 })] {
+        let refused = call(&router, "POST", &format!("{path}/reboot"), body).await;
+        assert_eq!(refused.status, StatusCode::BAD_REQUEST);
+    }
     let snapshot = call(&router, "POST", &format!("{path}/snapshot"), json!({}))
         .await
         .body;
@@ -384,12 +392,16 @@ async fn a_reboot_gives_up_the_memory_and_may_change_the_shape() {
         &router,
         "POST",
         &boot,
-        json!({ "memory": 256, "ttl_seconds": 60 }),
+        json!({ "memory": 256, "disk_size": 8192, "ttl_seconds": 60 }),
     )
     .await;
     assert_eq!(booted.status, StatusCode::CREATED, "{}", booted.body);
     assert_eq!(
-        (&booted.body["spec"]["memory"], &booted.body["ttl"]["ttl_seconds"]),
-        (&json!(256), &json!(60))
+        (
+            &booted.body["spec"]["memory"],
+            &booted.body["spec"]["disk_size"],
+            &booted.body["ttl"]["ttl_seconds"]
+        ),
+        (&json!(256), &json!(8192), &json!(60))
     );
 }
