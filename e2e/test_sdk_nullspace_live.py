@@ -43,7 +43,8 @@ def test_a_websocket_wakes_and_outlasts_a_pause(machine):
     now = awake(machine)
     now.files.write("/workspace/traffic.py", TRAFFIC)
     now.commands.run("python3", ["traffic.py"], background=True)
-    assert now.wait_for_preview(8080, kind="http", timeout_secs=60).ready
+    # A handle that was connected to waits 30 s for any answer.
+    torpor.wait_for(lambda: now.wait_for_preview(8080, kind="http", timeout_secs=5).ready, "the server answers")
     url = now.get_websocket_url(8080)
     now.pause()
     with websocket(url, open_timeout=120, ping_interval=None) as client:
