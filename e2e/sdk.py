@@ -6,6 +6,8 @@ import subprocess
 def use(sdk):
     """Point the SDK at this host as eval "$(torpor env SDK)" would; whoever set its variables by hand keeps them."""
     prefix = {"morph": "MORPH_", "nullspace": "NULLSPACE_"}[sdk]
+    # The SDK reads the host's certificates once per connection pool, of which it makes 64.
+    os.environ.setdefault("MORPH_HTTP_TRANSPORT_SHARDS", "2")
     if os.environ.get(f"{prefix}API_KEY"):
         return
     script = f'eval "$(torpor env {sdk})"; env -0'

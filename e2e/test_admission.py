@@ -5,6 +5,7 @@ import subprocess
 import time
 
 import pytest
+import sdk
 import torpor
 
 CONFIG = pathlib.Path("/etc/torpor/torpord.toml")
@@ -53,3 +54,18 @@ def test_machines_make_room_for_each_other_and_a_full_host_says_so(configured, c
     assert other.status() == "paused"
     counter.pause()
     assert other.sh("echo awake").strip() == "awake"
+
+
+def test_both_sdks_are_told_in_their_own_words(configured):
+    configured(max_running_mem_mib=300)
+    sdk.use("nullspace")
+    from nullspace import Machine
+    from nullspace.errors import QuotaExceededError
+    with pytest.raises(QuotaExceededError) as full:
+        Machine.create(template="base", memory_mb=512)
+    assert (full.value.code, full.value.retryable) == ("capacity_exceeded", True)
+    sdk.use("morph")
+    from morphcloud.api import ApiError, MorphCloudClient
+    with pytest.raises(ApiError) as full:
+        MorphCloudClient().instances.start("base")
+    assert (full.value.status_code, full.value.error_code) == (503, "capacity_exceeded")

@@ -1,8 +1,10 @@
 """`morphcloud` 0.1.116, unmodified, against this host: the vendor's guide as it stands, and what people do beside it."""
 import asyncio
 import contextlib
+import http.client
 import json
 import os
+import subprocess
 import time
 
 import pytest
@@ -198,6 +200,11 @@ def test_the_async_client_does_the_same(instance):
         await same.aresume()
         await same.aset_ttl(ttl_seconds=900, ttl_action="pause")
         done = await same.aexec("echo async")
+        pieces = []
+        streamed = await same.aexec("echo streamed; exit 4", on_stdout=pieces.append)
+        assert (streamed.exit_code, "".join(pieces)) == (4, "streamed\n")
+        await same.aset_wake_on(wake_on_http=False)
+        assert not same.wake_on.wake_on_http
         return same.status.value, same.ttl.ttl_seconds, done.stdout
     assert asyncio.run(session()) == ("ready", 900, "async\n")
 
@@ -207,6 +214,17 @@ def test_the_command_line_tool(instance):
     name = awake(instance).id
     assert name in sdk.cli(cli, "instance", "list")
     assert "a b" in sdk.cli(cli, "instance", "exec", name, "--", "bash", "-c", 'echo "a b"')
+    assert "http://" in sdk.cli(cli, "instance", "expose-http", name, "cli", "8085")
+    sdk.cli(cli, "instance", "hide-http", name, "cli")
+    sdk.cli(cli, "instance", "set-ttl", name, "--ttl-seconds", "600", "--ttl-action", "pause")
+    assert instance._api.get(name).ttl.ttl_seconds == 600
+    sdk.cli(cli, "instance", "set-ttl", name, "--ttl-seconds", "-1")
+    sdk.cli(cli, "instance", "set-wake-on", name, "--ssh", "true", "--http", "false")
+    sdk.cli(cli, "instance", "pause", name)
+    shown = json.loads(sdk.cli(cli, "instance", "get", name))
+    assert (shown["status"], shown["ttl"]["ttl_seconds"], shown["wake_on"]["wake_on_http"]) == ("paused", None, False)
+    assert "over ssh" in sdk.cli(cli, "instance", "ssh", name, "echo", "over", "ssh")
+    assert "base" in sdk.cli(cli, "image", "list")
 
 
 def test_output_comes_as_it_is_written(instance):
@@ -262,9 +280,108 @@ def test_a_chain_of_commands_is_made_once_and_found_again(client, instance):
             snapshot.delete()
 
 
+def test_a_reboot_grows_the_disk_and_keeps_what_is_on_it(instance):
+    awake(instance).exec("echo kept >/workspace/kept; sync")
+    large = instance.spec.disk_size * 2
+    instance.reboot(disk_size=large)
+    assert (instance.status.value, instance.spec.disk_size) == ("ready", large)
+    assert instance.exec("cat /workspace/kept").stdout == "kept\n"
+
+    def size_mib():
+        blocks, block_bytes = map(int, instance.exec("stat -f -c '%b %S' /").stdout.split())
+        return blocks * block_bytes >> 20
+    torpor.wait_for(lambda: size_mib() > large * 3 // 4, "the file system has grown beside the boot")
+
+
 def test_a_program_that_is_not_there_is_an_exit_code(instance):
     done = awake(instance).exec(["no-such-program", "x"])
     assert (done.exit_code, "no-such-program" in done.stderr) == (127, True)
+
+
+def test_a_counter_does_not_advance_while_it_is_paused(instance):
+    tick_s, paused_s = 0.1, 8
+    awake(instance).exec(f"setsid sh -c 'n=0; while :; do n=$((n+1)); echo $n >/dev/shm/n; sleep {tick_s}; done' "
+                         "</dev/null >/dev/null 2>&1 &")
+
+    def count():
+        return int(torpor.wait_for(lambda: instance.exec("cat /dev/shm/n 2>/dev/null").stdout.strip(), "it counts"))
+    began, first = time.monotonic(), count()
+    instance.pause()
+    time.sleep(paused_s)
+    instance.resume()
+    second = torpor.wait_for(lambda: (now := count()) > first and now, "it counts on")
+    awake_s = time.monotonic() - began - paused_s
+    assert second <= first + awake_s / tick_s + 1, "it went on from where it was"
+
+
+def test_the_ssh_gateway_wakes_for_a_handle_that_does_not_know_of_the_pause(instance, monkeypatch):
+    client = MorphCloudClient(api_key=os.getenv("MORPH_API_KEY"))
+    stale = client.instances.get(awake(instance).id)
+    instance.pause()
+    assert stale.status.value == "ready"
+    with stale.ssh() as ssh:
+        assert ssh.run("echo woken", get_pty=False).stdout == "woken\n"
+    assert client.instances.get(instance.id).status.value == "ready"
+    monkeypatch.setenv("MORPH_SSH_TOTAL_TIMEOUT_SECS", "1")
+    stranger = client.instances.get(instance.id)
+    stranger._api = MorphCloudClient(api_key="wrong").instances
+    with pytest.raises(TimeoutError):
+        stranger.ssh()
+    instance.set_wake_on(wake_on_ssh=False)
+    instance.pause()
+    with pytest.raises(TimeoutError):
+        stale.ssh()
+    assert client.instances.get(instance.id).status.value == "paused"
+
+
+def screen(channel, wanted):
+    """What a terminal has shown once it has shown this."""
+    seen = b""
+    channel.settimeout(60)
+    while wanted not in seen:
+        seen += channel.recv(4096) or pytest.fail(f"{wanted} never came: {seen}")
+    return seen
+
+
+def test_ssh_has_terminals_forwards_and_directories(instance, tmp_path):
+    with awake(instance).ssh() as ssh:
+        shell = ssh._client.invoke_shell(term="xterm", width=100, height=30)
+        shell.send(b"stty size\n")
+        screen(shell, b"30 100")
+        shell.resize_pty(width=90, height=25)
+        shell.send(b"stty size; exit 6\n")
+        screen(shell, b"25 90")
+        assert shell.recv_exit_status() == 6
+        ssh.write_file("/workspace/w", "written", mode=0o600)
+        assert ssh.read_file("/workspace/w") == "written"
+        process = ssh.run("echo begun; sleep 1; echo over", background=True, get_pty=False)
+        torpor.wait_for(lambda: process.completed and "over" in process.stdout, "it runs beside others")
+        process.stop()
+        instance.exec("setsid python3 -m http.server 8099 --bind 127.0.0.1 --directory /workspace "
+                      "</dev/null >/dev/null 2>&1 &")
+        with ssh.tunnel(18099, 8099):
+            def forwarded():
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    return torpor.request("http://127.0.0.1:18099/w")[2]
+            assert torpor.wait_for(forwarded, "the forward answers") == b"written"
+    (tmp_path / "up/sub").mkdir(parents=True)
+    (tmp_path / "up/sub/file").write_text("in a directory")
+    instance.upload(str(tmp_path / "up"), "/workspace/tree", recursive=True)
+    instance.download("/workspace/tree", str(tmp_path / "down"), recursive=True)
+    assert (tmp_path / "down/sub/file").read_text() == "in a directory"
+
+
+def test_the_instances_own_key_opens_plain_ssh_until_it_is_rotated(instance, tmp_path):
+    key, path = awake(instance).ssh_key(), tmp_path / "key"
+    path.write_text(key.private_key)
+    path.chmod(0o600)
+    line = ["ssh", "-i", str(path), "-p", os.environ["MORPH_SSH_PORT"], "-o", "BatchMode=yes", "-o", "LogLevel=ERROR",
+            "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+            f"{instance.id}@{os.environ['MORPH_SSH_HOSTNAME']}", "echo plain; exit 3"]
+    done = subprocess.run(line, capture_output=True, timeout=120)
+    assert (done.stdout, done.returncode) == (b"plain\n", 3), done.stderr
+    assert instance.ssh_key_rotate().public_key != key.public_key
+    assert subprocess.run(line, capture_output=True, timeout=120).returncode == 255
 
 
 def test_ssh_wakes_runs_and_copies(instance, tmp_path):

@@ -248,6 +248,8 @@ pub struct Machine {
     pub disk_mib: u32,
     /// Unix time of the create call in milliseconds.
     pub created_unix_ms: u64,
+    /// Unix time in milliseconds of its last start, wake or pause: how long it has been as it is.
+    pub since_unix_ms: u64,
     /// The lease, if there is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease: Option<Lease>,

@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use torpor_api::{ErrorCode, MachineId, limits};
 
 /// A client that sends too much is read up to here, so that it gets to read the answer.
-const MOST_DISCARDED: usize = 16 << 20;
+pub(super) const MOST_DISCARDED: usize = 16 << 20;
 
 /// A JSON object. A missing body is an error.
 pub(super) struct Json<T>(pub(super) T);

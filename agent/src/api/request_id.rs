@@ -4,6 +4,7 @@
 use super::error::Failure;
 use axum::Json;
 use axum::extract::{Request, State};
+use axum::http::header::{CONTENT_LENGTH, RETRY_AFTER};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
@@ -56,7 +57,9 @@ fn with_body(
     let status = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     let mut full = (status, Json(body)).into_response();
     for (name, value) in &parts.headers {
-        if name != axum::http::header::CONTENT_LENGTH {
+        // What this API has for a conflict may be the native one's 503, after which a client would wait in vain.
+        let misplaced = name == RETRY_AFTER && status != StatusCode::SERVICE_UNAVAILABLE;
+        if name != CONTENT_LENGTH && !misplaced {
             full.headers_mut().insert(name, value.clone());
         }
     }

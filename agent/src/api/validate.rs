@@ -22,9 +22,12 @@ fn within<T: PartialOrd + Display>(field: &str, value: T, range: &RangeInclusive
     )))
 }
 
-pub(super) fn shape(vcpus: Option<u8>, mem_mib: Option<u32>) -> Result<(), Failure> {
+pub(super) fn shape(vcpus: Option<u8>, mem_mib: Option<u32>, disk_mib: Option<u32>) -> Result<(), Failure> {
     if let Some(vcpus) = vcpus {
         within("vcpus", vcpus, &limits::VCPUS)?;
+    }
+    if let Some(disk_mib) = disk_mib {
+        within("disk_mib", disk_mib, &limits::DISK_MIB)?;
     }
     mem_mib.map_or(Ok(()), |mem_mib| within("mem_mib", mem_mib, &limits::MEM_MIB))
 }

@@ -8,8 +8,10 @@ use std::io::{self, Read, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use imago::FormatCreateBuilder as _;
+use imago::format::PreallocateMode;
+use imago::format::drivers::FormatDriverInstance as _;
 use imago::qcow2::Qcow2;
+use imago::{DenyImplicitOpenGate, FormatAccess, FormatCreateBuilder as _, FormatDriverBuilder as _};
 
 use super::template::Template;
 use super::{ImagesError, MachineFiles, failed, manifest, sync_dir};
@@ -46,14 +48,15 @@ pub enum GenerationError {
 }
 
 impl MachineFiles {
-    /// Make overlay and generation unless they are there. A crash in between leaves no overlay, or all of it.
+    /// Make overlay and generation unless they are there. A crash in between leaves no overlay, or all of it. An
+    /// overlay that is smaller than it has to be grows, so only a boot may call this: no memory knows its old size.
     ///
     /// # Errors
     /// The file system refuses, or the disk is smaller than the template's.
     pub fn ensure_disk(&self, template: &Template, disk_mib: u32) -> Result<(), ImagesError> {
         let overlay = self.path(OVERLAY);
         if overlay.exists() {
-            return Ok(());
+            return grow_overlay(&overlay, u64::from(disk_mib) << 20).map_err(failed("grow", &overlay));
         }
         if disk_mib < template.info.disk_mib {
             return Err(ImagesError::DiskTooSmall {
@@ -92,6 +95,23 @@ fn create_overlay(path: &Path, rootfs: &Path, size: u64) -> io::Result<()> {
         .backing(backing, "raw".to_owned())
         .create()?;
     (&file).flush()?;
+    file.sync_all()
+}
+
+/// The size is the header's last change, so a crash leaves the old disk or the new one. Disks never shrink.
+fn grow_overlay(path: &Path, size: u64) -> io::Result<()> {
+    let file = OpenOptions::new().read(true).write(true).open(path)?;
+    let image = Qcow2::<imago::file::File>::builder(imago::file::File::try_from(file.try_clone()?)?)
+        .write(true)
+        .backing(None)
+        .data_file(None)
+        .open(DenyImplicitOpenGate::default())?;
+    if image.size() >= size {
+        return Ok(());
+    }
+    let image = FormatAccess::new(image);
+    image.resize_grow(size, PreallocateMode::None)?;
+    image.flush()?;
     file.sync_all()
 }
 

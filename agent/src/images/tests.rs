@@ -11,7 +11,7 @@ use torpor_api::vmm::Shape;
 use super::disk::{GENERATION, OVERLAY, read_generation};
 use super::header::{HEADER_LEN, IMAGE};
 use super::manifest::{FORMAT, MANIFEST, Manifest};
-use super::template::Templates;
+use super::template::{Template, Templates};
 use super::{Images, ImagesError, MachineFiles};
 use crate::machine::hypervisor::ImageState;
 
@@ -90,12 +90,15 @@ impl Fixture {
         self.dir.path().join("machines").join(self.id.as_str()).join(name)
     }
 
-    fn with_disk(self) -> Self {
-        let template = Templates::new(vec![self.dir.path().to_owned()])
+    fn template(&self) -> Template {
+        Templates::new(vec![self.dir.path().to_owned()])
             .find("base")
             .unwrap()
-            .unwrap();
-        self.files().ensure_disk(&template, 16).unwrap();
+            .unwrap()
+    }
+
+    fn with_disk(self) -> Self {
+        self.files().ensure_disk(&self.template(), 16).unwrap();
         self
     }
 
@@ -151,6 +154,41 @@ fn a_disk_smaller_than_its_template_is_refused() {
         "{refused:?}"
     );
     assert!(!fixture.path(OVERLAY).exists());
+}
+
+#[test]
+fn an_overlay_grows_and_never_shrinks_and_keeps_what_is_in_it() {
+    let fixture = Fixture::new().with_disk();
+    let overlay = fixture.path(OVERLAY);
+    let qemu = |program: &str, arguments: &[&str]| {
+        let done = std::process::Command::new(program)
+            .args(arguments)
+            .output()
+            .unwrap();
+        assert!(
+            done.status.success(),
+            "{program} {arguments:?}: {}",
+            String::from_utf8_lossy(&done.stderr)
+        );
+        String::from_utf8(done.stdout).unwrap()
+    };
+    let path = overlay.to_str().unwrap();
+    qemu("qemu-io", &["-c", "write -P 0x5a 1M 64k", path]);
+    // 513 MiB is the first size that needs a second entry in the first table.
+    for (asked_mib, has_mib) in [(16, 16_u32), (2048, 2048), (32, 2048), (2049, 2049)] {
+        fixture
+            .files()
+            .ensure_disk(&fixture.template(), asked_mib)
+            .unwrap();
+        let info: serde_json::Value =
+            serde_json::from_str(&qemu("qemu-img", &["info", "--output=json", path])).unwrap();
+        assert_eq!(info["virtual-size"], u64::from(has_mib) << 20, "{asked_mib}");
+        qemu("qemu-img", &["check", path]);
+    }
+    qemu(
+        "qemu-io",
+        &["-c", "read -P 0x5a 1M 64k", "-c", "read -P 0 2047M 64k", path],
+    );
 }
 
 #[test]

@@ -194,9 +194,10 @@ impl Store {
         self.write("reshape a machine", move |tx| {
             let changed = tx
                 .execute(
-                    "UPDATE machines SET vcpus = coalesce(?2, vcpus), mem_mib = coalesce(?3, mem_mib) \
+                    "UPDATE machines SET vcpus = coalesce(?2, vcpus), mem_mib = coalesce(?3, mem_mib), \
+                     disk_mib = max(coalesce(?4, disk_mib), disk_mib) \
                      WHERE id = ?1 AND state IN ('paused', 'refused', 'stopped')",
-                    params![id.as_str(), change.vcpus, change.mem_mib],
+                    params![id.as_str(), change.vcpus, change.mem_mib, change.disk_mib],
                 )
                 .map_err(sql("reshape a machine"))?;
             if changed == 0 {

@@ -275,14 +275,13 @@ pub(super) struct Reboot {
 impl Reboot {
     /// What differs from the shape there is.
     fn reshape(&self, now: &Machine) -> Result<Reshape, Failure> {
-        if self.disk_size.is_some_and(|disk_size| disk_size > now.disk_mib) {
-            let message = "a disk that grows is not implemented";
-            return Err(Failure::new(ErrorCode::NotImplemented, message));
-        }
-        validate::shape(self.vcpus, self.memory)?;
+        // A disk is never smaller than it was; asking for that is asking for no change.
+        let disk_mib = self.disk_size.filter(|disk_size| *disk_size > now.disk_mib);
+        validate::shape(self.vcpus, self.memory, disk_mib)?;
         Ok(Reshape {
             vcpus: self.vcpus.filter(|vcpus| *vcpus != now.vcpus),
             mem_mib: self.memory.filter(|memory| *memory != now.mem_mib),
+            disk_mib,
         })
     }
 

@@ -5,9 +5,11 @@ mod exec;
 use super::*;
 use crate::api::tests::facade::{call, token};
 use crate::api::tests::send;
+use crate::machine::fleet::Settings;
 use crate::machine::tests::World;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 fn served(world: &World) -> Router {
     router(world.fleet.clone(), token(world))
@@ -203,6 +205,27 @@ async fn what_is_not_built_says_so_and_a_wrong_key_is_refused() {
 }
 
 #[tokio::test]
+async fn a_full_host_says_so_in_the_sdks_words() {
+    let world = World::with(Settings {
+        max_running_mem_mib: 700,
+        wake_timeout: Duration::from_millis(50),
+        ..Settings::default()
+    });
+    let router = served(&world);
+    started(&router, nothing_said()).await;
+    let full = call(&router, "POST", "/instance?snapshot_id=base", nothing_said()).await;
+    assert_eq!(
+        (full.status, &full.body["error_code"], &full.body["retryable"]),
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            &json!("capacity_exceeded"),
+            &json!(true)
+        )
+    );
+    assert!(full.headers.contains_key("retry-after"));
+}
+
+#[tokio::test]
 async fn snapshots_are_made_found_by_digest_and_gone_on_from() {
     let world = World::new();
     let router = served(&world);
@@ -351,8 +374,16 @@ async fn a_reboot_gives_up_the_memory_and_may_change_the_shape() {
         (&json!(60), &json!("pause")),
         "an action that is not said stays"
     );
-    let refused = call(&router, "POST", &format!("{path}/reboot"), json!({ "vcpus": 99 })).await;
-    assert_eq!(refused.status, StatusCode::BAD_REQUEST);
+    for (disk_size, has) in [(4096, 4096), (1024, 4096)] {
+        let body = json!({ "disk_size": disk_size });
+        let grown = call(&router, "POST", &format!("{path}/reboot"), body).await;
+        assert_eq!(grown.status, StatusCode::OK, "{}", grown.body);
+        assert_eq!(grown.body["spec"]["disk_size"], has, "a disk never shrinks");
+    }
+    for body in [json!({ "vcpus": 99 }), json!({ "disk_size": 2_000_000 })] {
+        let refused = call(&router, "POST", &format!("{path}/reboot"), body).await;
+        assert_eq!(refused.status, StatusCode::BAD_REQUEST);
+    }
     let snapshot = call(&router, "POST", &format!("{path}/snapshot"), json!({}))
         .await
         .body;
@@ -361,12 +392,16 @@ async fn a_reboot_gives_up_the_memory_and_may_change_the_shape() {
         &router,
         "POST",
         &boot,
-        json!({ "memory": 256, "ttl_seconds": 60 }),
+        json!({ "memory": 256, "disk_size": 8192, "ttl_seconds": 60 }),
     )
     .await;
     assert_eq!(booted.status, StatusCode::CREATED, "{}", booted.body);
     assert_eq!(
-        (&booted.body["spec"]["memory"], &booted.body["ttl"]["ttl_seconds"]),
-        (&json!(256), &json!(60))
+        (
+            &booted.body["spec"]["memory"],
+            &booted.body["spec"]["disk_size"],
+            &booted.body["ttl"]["ttl_seconds"]
+        ),
+        (&json!(256), &json!(8192), &json!(60))
     );
 }

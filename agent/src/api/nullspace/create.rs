@@ -6,7 +6,8 @@ use super::super::extract::RawJson;
 use super::super::facade::disk_mib;
 use super::super::machines::{idempotency, to_the_end};
 use super::super::validate;
-use super::model::{Info, TimeoutAction, stored_metadata};
+use super::model::{Info, TimeoutAction, mark_ephemeral, stored_metadata};
+use super::snapshots::refuse_pause;
 use crate::machine::fleet::{CreateOrder, Fleet};
 use axum::extract::State;
 use axum::http::HeaderMap;
@@ -153,6 +154,10 @@ impl Create {
             tcp: auto_resume,
             api: auto_resume,
         };
+        let mut metadata = stored_metadata(&self.metadata.unwrap_or_default());
+        if ephemeral {
+            mark_ephemeral(&mut metadata);
+        }
         // A snapshot brings its template and its shape.
         let default = CreateMachine::default();
         let create = CreateMachine {
@@ -167,7 +172,7 @@ impl Create {
             activity: None,
             retention_seconds: None,
             services: Vec::new(),
-            metadata: stored_metadata(&self.metadata.unwrap_or_default()),
+            metadata,
             env: self.envs.unwrap_or_default(),
             cwd: self.cwd,
         };
@@ -182,6 +187,9 @@ pub(super) async fn create(
     RawJson(bytes, body): RawJson<Create>,
 ) -> Result<Created<Info>, Failure> {
     let idempotency = idempotency(&headers, &bytes)?;
+    if let Some(snapshot) = &body.snapshot_id {
+        refuse_pause(&fleet, snapshot).await?;
+    }
     let template = body.template.as_deref().unwrap_or_default();
     let disk_mb = disk_mib(&fleet, template, body.disk_mb).await;
     let body = Create { disk_mb, ..body }.into_native()?;

@@ -5,7 +5,7 @@
 
 use super::super::answer::{Contents, NoContent};
 use super::super::error::Failure;
-use super::super::extract::{Json as Body, LargeJson, Named, Query};
+use super::super::extract::{Json as Body, LargeJson, MOST_DISCARDED, Named, Query};
 use super::time::iso;
 use crate::inside::Inside;
 use crate::inside::files::WriteOptions;
@@ -16,15 +16,15 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use torpor_api::guest::{FileEntry, FileType};
-use torpor_api::{ErrorCode, MachineId, limits};
+use torpor_api::{ErrorCode, MachineId};
 use utoipa::{IntoParams, ToSchema};
 
 /// Directory of relative paths on a machine that has none of its own.
 const DEFAULT_DIRECTORY: &str = "/workspace";
 /// Most entries of one listing.
 const MOST_ENTRIES: u64 = 10_000;
-/// Largest file that is answered in JSON.
-const MOST_READ_BYTES: u64 = limits::MAX_EXEC_OUTPUT as u64;
+/// Largest file that is answered in JSON: as large as one that came in JSON can be.
+const MOST_READ_BYTES: u64 = MOST_DISCARDED as u64;
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

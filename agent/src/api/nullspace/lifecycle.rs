@@ -3,10 +3,10 @@
 //! An event keeps one ID for ever, made of its position in the host's sequence.
 
 use super::super::answer::Upgraded;
-use super::super::error::Failure;
+use super::super::error::{Failure, cut};
 use super::super::extract::{Named, Path, Query};
 use super::dialect::machine_id_of;
-use super::time::iso;
+use super::time::{iso, unix_us};
 use super::ws::upgrade;
 use crate::machine::fleet::Fleet;
 use axum::Json;
@@ -15,6 +15,7 @@ use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::ops::RangeInclusive;
 use torpor_api::http::Event;
 use torpor_api::{ErrorCode, ExecutionId, MachineId, ids};
 use utoipa::{IntoParams, ToSchema};
@@ -39,6 +40,8 @@ pub(super) struct Wanted {
     to: Option<String>,
     machine_id: Option<String>,
     snapshot_id: Option<String>,
+    source_machine_id: Option<String>,
+    target_machine_id: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
@@ -162,15 +165,23 @@ impl Wanted {
     fn takes(&self, info: &Info) -> bool {
         let is =
             |wanted: &Option<String>, value: &str| wanted.as_deref().is_none_or(|wanted| wanted == value);
+        let names = |wanted: &Option<String>, value: &Option<String>| wanted.is_none() || wanted == value;
         is(&self.operation, info.operation)
             && is(&self.status, info.status)
             && is(&self.audience, info.audience)
-            && self.from.as_ref().is_none_or(|from| *info.occurred_at >= **from)
-            && self.to.as_ref().is_none_or(|to| *info.occurred_at <= **to)
-            && self
-                .snapshot_id
-                .as_deref()
-                .is_none_or(|wanted| info.snapshot_id.as_deref() == Some(wanted))
+            && names(&self.snapshot_id, &info.snapshot_id)
+            && names(&self.source_machine_id, &info.source_machine_id)
+            && names(&self.target_machine_id, &info.target_machine_id)
+    }
+
+    /// From when until when, in Unix time in microseconds.
+    fn window(&self) -> Result<RangeInclusive<i128>, Failure> {
+        let read = |text: &Option<String>, open: i128| match text {
+            None => Ok(open),
+            Some(text) => unix_us(text)
+                .ok_or_else(|| Failure::invalid(format!("{:?} is no time in RFC 3339", cut(text)))),
+        };
+        Ok(read(&self.from, i128::MIN)?..=read(&self.to, i128::MAX)?)
     }
 
     fn limit(&self) -> Result<usize, Failure> {
@@ -212,9 +223,11 @@ async fn list_of(fleet: &Fleet, machine: Option<MachineId>, wanted: &Wanted) -> 
         Some("asc") => false,
         Some(_) => return Err(Failure::invalid("order is neither asc nor desc")),
     };
+    let window = wanted.window()?;
     let events = fleet.store().latest_events(machine, KEPT).await?;
     let mut told: Vec<Info> = events
         .iter()
+        .filter(|event| window.contains(&(i128::from(event.at_unix_ms) * 1000)))
         .flat_map(told)
         .filter(|info| wanted.takes(info))
         .collect();
@@ -324,9 +337,14 @@ async fn watch(mut socket: WebSocket, fleet: Fleet, machine: Option<MachineId>) 
     }
 }
 
-/// Position of an event in the host's sequence.
+/// What follows an event in the host's sequence begins after this position. An expiry is two events of one position,
+/// and the first is followed by the second.
 fn position(id: &str) -> Option<u64> {
-    id.strip_prefix("evt_")?.trim_end_matches("_timeout").parse().ok()
+    let number = id.strip_prefix("evt_")?;
+    match number.strip_suffix("_timeout") {
+        Some(number) => number.parse::<u64>().ok()?.checked_sub(1),
+        None => number.parse().ok(),
+    }
 }
 
 async fn follow(
@@ -376,7 +394,7 @@ async fn follow(
     let replayed = replayed.filter(|event| since.is_none_or(|since| event.offset > since));
     let replayed: Vec<Info> = replayed
         .flat_map(told)
-        .filter(|info| wanted.takes(info))
+        .filter(|info| wanted.takes(info) && asked.after_event_id.as_ref() != Some(&info.id))
         .collect();
     if !asked.live_only || since.is_some() {
         let skipped = replayed.len().saturating_sub(asked.replay_limit.unwrap_or(100));

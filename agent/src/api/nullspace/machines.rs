@@ -161,12 +161,12 @@ pub(super) async fn destroy(State(fleet): State<Fleet>, Named(id): Named) -> Res
 }
 
 /// What a paused machine holds, as a snapshot.
-pub(super) fn pause_snapshot(machine: &Machine, at_unix_ms: u64) -> Option<SnapshotInfo> {
+pub(super) fn pause_snapshot(machine: &Machine) -> Option<SnapshotInfo> {
     Some(SnapshotInfo {
         id: pause_snapshot_id(machine)?,
         machine_id: machine_id(machine),
         size_bytes: u64::from(machine.mem_mib) << 20,
-        created_at: iso(at_unix_ms),
+        created_at: iso(machine.since_unix_ms),
     })
 }
 
@@ -177,7 +177,7 @@ pub(super) async fn hibernate(
 ) -> Result<Json<SnapshotInfo>, Failure> {
     fleet.pause(&id, PauseOrder::by("api")).await?;
     let machine = fleet.view(&id).await?;
-    let snapshot = pause_snapshot(&machine, fleet.now_unix_ms());
+    let snapshot = pause_snapshot(&machine);
     snapshot
         .map(Json)
         .ok_or_else(|| Failure::new(ErrorCode::MachineNotReady, "the machine never ran"))

@@ -14,6 +14,8 @@ use utoipa::{PartialSchema, ToSchema};
 /// Metadata here is any JSON object, and the fleet's is texts: an object with other values is kept whole under this
 /// key, beside its values as texts, by which lists are narrowed.
 const WHOLE: &str = "nullspace.metadata";
+/// The key of machines that were asked for as ephemeral. The fleet knows them by their lease only.
+const EPHEMERAL: &str = "nullspace.ephemeral";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
@@ -132,7 +134,11 @@ pub(super) struct Info {
     config: Config,
     template: String,
     created_at: String,
+    /// Of this execution.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    started_at: Option<String>,
     metadata: Value,
+    ephemeral: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     timeout_ms: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -164,6 +170,8 @@ impl From<Machine> for Info {
                 disk_mb: machine.disk_mib,
             },
             created_at: iso(machine.created_unix_ms),
+            started_at: (status == Status::Running).then(|| iso(machine.since_unix_ms)),
+            ephemeral: machine.metadata.contains_key(EPHEMERAL),
             timeout_ms: timeout.map(|timeout| timeout.timeout_ms),
             timeout_action: timeout.map(|timeout| timeout.timeout_action),
             timeout_at: ends_at.clone(),
@@ -224,6 +232,11 @@ fn text_of(value: &Value) -> String {
     }
 }
 
+/// What is stored of a machine that never sleeps.
+pub(super) fn mark_ephemeral(texts: &mut BTreeMap<String, String>) {
+    texts.insert(EPHEMERAL.to_owned(), "true".to_owned());
+}
+
 /// The texts by which metadata is stored and found.
 pub(super) fn stored_metadata(metadata: &Map<String, Value>) -> BTreeMap<String, String> {
     let mut texts: BTreeMap<String, String> = metadata
@@ -237,6 +250,7 @@ pub(super) fn stored_metadata(metadata: &Map<String, Value>) -> BTreeMap<String,
 }
 
 fn shown_metadata(mut texts: BTreeMap<String, String>) -> Value {
+    texts.remove(EPHEMERAL);
     let whole = texts.remove(WHOLE);
     whole
         .and_then(|text| serde_json::from_str(&text).ok())

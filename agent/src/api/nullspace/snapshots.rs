@@ -57,12 +57,26 @@ async fn of_pause(fleet: &Fleet, id: &str) -> Result<Option<SnapshotInfo>, Failu
         Err(error) if error.code == ErrorCode::MachineNotFound => return Ok(None),
         Err(error) => return Err(error.into()),
     };
-    Ok(paused_as(fleet, &machine).filter(|snapshot| snapshot.id == id))
+    Ok(paused_as(&machine).filter(|snapshot| snapshot.id == id))
 }
 
-fn paused_as(fleet: &Fleet, machine: &Machine) -> Option<SnapshotInfo> {
+/// A pause is its machine's own.
+pub(super) async fn refuse_pause(fleet: &Fleet, id: &str) -> Result<(), Failure> {
+    match of_pause(fleet, id).await? {
+        None => Ok(()),
+        Some(pause) => {
+            let message = format!(
+                "snapshot {id} is the memory of machine {}, which is paused",
+                pause.machine_id
+            );
+            Err(Failure::new(ErrorCode::SnapshotInUse, message))
+        }
+    }
+}
+
+fn paused_as(machine: &Machine) -> Option<SnapshotInfo> {
     let paused = Status::of(machine) == Status::Paused;
-    pause_snapshot(machine, fleet.now_unix_ms()).filter(|_| paused)
+    pause_snapshot(machine).filter(|_| paused)
 }
 
 pub(super) async fn create(
@@ -110,13 +124,7 @@ pub(super) async fn show(
 }
 
 pub(super) async fn delete(State(fleet): State<Fleet>, Path(id): Path<String>) -> Result<NoContent, Failure> {
-    if let Some(pause) = of_pause(&fleet, &id).await? {
-        let message = format!(
-            "snapshot {id} is the memory of machine {}, which is paused",
-            pause.machine_id
-        );
-        return Err(Failure::new(ErrorCode::SnapshotInUse, message));
-    }
+    refuse_pause(&fleet, &id).await?;
     let id: SnapshotId = id.parse().map_err(|_| not_found(&id))?;
     to_the_end(async move { Ok(fleet.delete_snapshot(&id).await?) }).await?;
     Ok(NoContent)
@@ -161,7 +169,7 @@ async fn reusable(
 async fn pauses(fleet: &Fleet, machine: Option<&MachineId>) -> Result<Vec<SnapshotInfo>, Failure> {
     if let Some(id) = machine {
         return match fleet.view(id).await {
-            Ok(machine) => Ok(paused_as(fleet, &machine).into_iter().collect()),
+            Ok(machine) => Ok(paused_as(&machine).into_iter().collect()),
             Err(error) if error.code == ErrorCode::MachineNotFound => Ok(Vec::new()),
             Err(error) => Err(error.into()),
         };
@@ -175,7 +183,7 @@ async fn pauses(fleet: &Fleet, machine: Option<&MachineId>) -> Result<Vec<Snapsh
         let page = fleet.list(&query, after, PAGE).await?;
         after = page.last().map(|machine| machine.id.clone());
         let last = page.len() < usize::try_from(PAGE).unwrap_or(usize::MAX);
-        found.extend(page.iter().filter_map(|machine| paused_as(fleet, machine)));
+        found.extend(page.iter().filter_map(paused_as));
         if last {
             return Ok(found);
         }

@@ -1,5 +1,6 @@
 //! The Nullspace API over a real store, real drivers and a simulated host.
 
+mod files;
 mod lifecycle;
 mod processes;
 mod snapshots;
@@ -7,9 +8,11 @@ mod snapshots;
 use super::*;
 use crate::api::tests::facade::{call, token};
 use crate::api::tests::send;
+use crate::machine::fleet::Settings;
 use crate::machine::tests::World;
 use axum::http::StatusCode;
 use serde_json::{Value, json};
+use std::time::Duration;
 
 fn served(world: &World) -> Router {
     router(world.fleet.clone(), token(world))
@@ -157,8 +160,31 @@ async fn exec_wakes_if_auto_resume_says_so() {
         assert_eq!(answer.status, status, "{}", answer.body);
         if status == StatusCode::CONFLICT {
             assert_eq!(answer.body["code"], "machine_not_ready");
+            let retry_after = answer.headers.get("retry-after");
+            assert_eq!(retry_after, None, "waiting changes nothing");
         }
     }
+}
+
+#[tokio::test]
+async fn a_full_host_says_so_in_the_sdks_words() {
+    let world = World::with(Settings {
+        max_running_mem_mib: 700,
+        wake_timeout: Duration::from_millis(50),
+        ..Settings::default()
+    });
+    let router = served(&world);
+    created(&router, plain()).await;
+    let full = call(&router, "POST", "/v1/machines", plain()).await;
+    assert_eq!(
+        (full.status, &full.body["code"], &full.body["retryable"]),
+        (
+            StatusCode::SERVICE_UNAVAILABLE,
+            &json!("capacity_exceeded"),
+            &json!(true)
+        )
+    );
+    assert!(full.headers.contains_key("retry-after"));
 }
 
 #[tokio::test]
@@ -181,6 +207,15 @@ async fn timeouts_and_auto_resume_go_together_or_are_refused() {
         };
         assert_eq!(answer.body["code"], code, "{key}: {}", answer.body);
     }
+    let mut body = plain();
+    body["ephemeral"] = json!(true);
+    body["metadata"] = json!({ "k": "v" });
+    let ephemeral = created(&router, body).await;
+    assert_eq!(
+        (&ephemeral["ephemeral"], &ephemeral["metadata"]),
+        (&json!(true), &json!({ "k": "v" }))
+    );
+    assert_eq!(created(&router, plain()).await["ephemeral"], json!(false));
     let mut body = resuming();
     body["volumes"] = json!([]);
     let id = created_id(&router, body).await;

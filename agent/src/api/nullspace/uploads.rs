@@ -161,7 +161,11 @@ pub(super) async fn create(
     if order.content_length > MOST_BYTES {
         return Err(failed(format!("content_length is more than {MOST_BYTES}")));
     }
-    let (_, target) = at(&fleet, machine.clone(), &order.target_path).await?;
+    let (inside, target) = at(&fleet, machine.clone(), &order.target_path).await?;
+    // It is asked again at the end; asked now, nothing is sent in vain.
+    if order.conflict == Conflict::Error && inside.exists(&target, order.user.clone()).await? {
+        return Err(failed(format!("{target} exists")));
+    }
     let now = fleet.now_unix_ms();
     let random: u128 = rand::random();
     let upload = Upload {

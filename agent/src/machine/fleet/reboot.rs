@@ -14,6 +14,8 @@ pub struct Reshape {
     pub vcpus: Option<u8>,
     /// Guest memory in MiB.
     pub mem_mib: Option<u32>,
+    /// Size of the disk in MiB; only ever larger.
+    pub disk_mib: Option<u32>,
 }
 
 impl Fleet {
@@ -32,7 +34,8 @@ impl Fleet {
             Err(error) => return Err(error),
         }
         if change != Reshape::default() {
-            let detail = json!({ "vcpus": change.vcpus, "mem_mib": change.mem_mib });
+            let detail =
+                json!({ "vcpus": change.vcpus, "mem_mib": change.mem_mib, "disk_mib": change.disk_mib });
             let event = self.event(id, "machine.reshaped", "api", detail);
             self.shared.store.reshape(id.clone(), change, event).await?;
         }

@@ -128,6 +128,7 @@ impl Fleet {
             mem_mib: row.spec.mem_mib,
             disk_mib: row.spec.disk_mib,
             created_unix_ms: row.created_unix_ms,
+            since_unix_ms: row.last_used_unix_ms,
             wake: row.wake,
             metadata: row.metadata,
             env: row.env,

@@ -57,3 +57,66 @@ async fn a_fork_names_both_machines() {
         (&source, &source, &fork.body["id"])
     );
 }
+
+/// IDs of the events that a query of the host's finds, newest first.
+async fn found(router: &Router, query: &str) -> Vec<String> {
+    let answer = call(
+        router,
+        "GET",
+        &format!("/v1/lifecycle/events?{query}"),
+        Value::Null,
+    )
+    .await;
+    assert_eq!(answer.status, StatusCode::OK, "{query}: {}", answer.body);
+    let events = answer.body["events"].as_array().unwrap().iter();
+    events
+        .map(|event| event["id"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn events_are_found_by_both_ids_of_a_resume() {
+    let world = World::new();
+    let router = served(&world);
+    created(&router, resuming()).await;
+    let old = created_id(&router, resuming()).await;
+    let path = format!("/v1/machines/{old}");
+    call(&router, "POST", &format!("{path}/hibernate"), Value::Null).await;
+    let resumed = call(&router, "POST", &format!("{path}/resume"), Value::Null).await;
+    let new = resumed.body["id"].as_str().unwrap();
+    let resumes = found(&router, "operation=resume_from_snapshot").await;
+    assert_eq!(resumes.len(), 1);
+    assert_eq!(found(&router, &format!("source_machine_id={old}")).await, resumes);
+    assert_eq!(found(&router, &format!("target_machine_id={new}")).await, resumes);
+    let none = found(&router, &format!("target_machine_id={old}")).await;
+    assert!(none.is_empty(), "{none:?}");
+}
+
+#[tokio::test]
+async fn events_are_found_by_time_however_it_is_written() {
+    let world = World::new();
+    let router = served(&world);
+    created(&router, resuming()).await;
+    // The simulated clock stands at 2023-11-14T22:13:20Z.
+    for (query, n_found) in [
+        ("from=2023-11-14T22:13:20Z", 1),
+        ("to=2023-11-14T22:13:20Z", 1),
+        ("from=2023-11-14T22:13:20.000001Z", 0),
+        ("to=2023-11-14T22:13:19.999999Z", 0),
+        ("from=2023-11-15T03:43:20%2B05:30", 1),
+        ("from=2023-11-15T03:43:21%2B05:30", 0),
+        ("to=2023-11-14T14:13:20.000000-08:00", 1),
+        ("to=2023-11-14T14:13:19-08:00", 0),
+    ] {
+        assert_eq!(found(&router, query).await.len(), n_found, "{query}");
+    }
+    for query in ["from=yesterday", "to=", "from=2023-11-14T22:13:20"] {
+        let path = format!("/v1/lifecycle/events?{query}");
+        let refused = call(&router, "GET", &path, Value::Null).await;
+        assert_eq!(
+            (refused.status, &refused.body["code"]),
+            (StatusCode::BAD_REQUEST, &json!("invalid_request")),
+            "{query}"
+        );
+    }
+}

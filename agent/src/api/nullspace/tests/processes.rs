@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::inside::tests::Lab;
-use std::time::Duration;
 
 fn paths(lab: &Lab) -> (Router, String) {
     (served(&lab.world), format!("/v1/machines/{}", lab.id))

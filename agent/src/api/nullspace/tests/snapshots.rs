@@ -47,14 +47,22 @@ async fn snapshots_are_taken_listed_and_gone_on_from() {
     assert_eq!(ids, [json!(snapshot), json!(pause)]);
     let all = call(&router, "GET", "/v1/snapshots", Value::Null).await.body;
     assert_eq!(all, list);
+    world.clock.advance(Duration::from_secs(60));
     let shown = call(&router, "GET", &format!("/v1/snapshots/{pause}"), Value::Null).await;
     assert_eq!(
-        (shown.status, &shown.body["machine_id"]),
-        (StatusCode::OK, &json!(id))
+        (shown.status, &shown.body["machine_id"], &shown.body["created_at"]),
+        (StatusCode::OK, &json!(id), &json!("2023-11-14T22:13:20.000Z"))
     );
     let kept = call(&router, "DELETE", &format!("/v1/snapshots/{pause}"), Value::Null).await;
     assert_eq!(
         (kept.status, &kept.body["code"]),
+        (StatusCode::CONFLICT, &json!("snapshot_in_use"))
+    );
+    let mut body = plain();
+    body["snapshot_id"] = json!(pause);
+    let refused = call(&router, "POST", "/v1/machines", body).await;
+    assert_eq!(
+        (refused.status, &refused.body["code"]),
         (StatusCode::CONFLICT, &json!("snapshot_in_use"))
     );
     let resumed = call(
