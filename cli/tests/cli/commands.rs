@@ -4,7 +4,7 @@ use crate::support::{FakeTorpord, frame, stderr, stdout, torpor};
 use std::io::{Read, Write};
 use std::process::Stdio;
 
-const WEB: &str = r#"{"id":"mch_aaaaaaaaaaaaaaaaaaaa","name":"web","status":"running","execution_id":"exe_aaaaaaaaaaaaaaaaaaaa","template":"base","vcpus":1,"mem_mib":512,"disk_mib":2048,"created_unix_ms":0,"lease":{"seconds":900,"action":"pause","mode":"absolute","deadline_unix_ms":1,"remaining_ms":192000},"wake":{"http":true,"ssh":false,"tcp":true,"api":true},"services":[{"name":"app","port":8080,"kind":"http","listen_port":20001,"url":"http://127.0.0.1:20001"}],"metadata":{},"pauses":3,"wakes":2}"#;
+const WEB: &str = r#"{"id":"mch_aaaaaaaaaaaaaaaaaaaa","name":"web","status":"running","execution_id":"exe_aaaaaaaaaaaaaaaaaaaa","template":"base","vcpus":1,"mem_mib":512,"disk_mib":2048,"created_unix_ms":0,"since_unix_ms":0,"lease":{"seconds":900,"action":"pause","mode":"absolute","deadline_unix_ms":1,"remaining_ms":192000},"wake":{"http":true,"ssh":false,"tcp":true,"api":true},"services":[{"name":"app","port":8080,"kind":"http","listen_port":20001,"url":"http://127.0.0.1:20001"}],"metadata":{},"pauses":3,"wakes":2}"#;
 const NOT_FOUND: &str = r#"{"error":"machine \"web\" not found","code":"machine_not_found","retryable":false,"suggested_action":"List the machines with GET /v1/machines.","request_id":"req_1"}"#;
 
 #[test]
