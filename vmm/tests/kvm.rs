@@ -156,6 +156,7 @@ mod kvm {
             }
             bench.machine.wait_tick_after(bench.tick());
         }
+        vmm.kill();
     }
 
     #[test]
