@@ -183,6 +183,9 @@ class FirecrackerSide:
         return {"kind": "wake", "system": self.name, "cycle": self.cycle, "wake_ms": elapsed * 1e3,
                 "stages_ms": {"load": loaded * 1e3}}
 
+    def wake_counted(self):
+        return self.wake()
+
     def close(self):
         for process in {self.process, self.spare and self.spare[0]} - {None}:
             self._end(process)

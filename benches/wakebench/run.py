@@ -55,7 +55,7 @@ def measure(options):
                 recorder.say(f"{cache} round {number + 1} of {options.rounds}")
         if counters.SystemCalls.is_possible():
             sides[0].pause()
-            recorder.add(sides[0].wake(count_calls=True))
+            recorder.add(sides[0].wake_counted(count_calls=True))
         else:
             recorder.say("this kernel does not trace system calls: none counted")
         if options.mid_persist:
@@ -84,7 +84,7 @@ def one_cycle(recorder, side, cache, warm_requests, asleep_s=0):
         side.evict()
     # Machines sleep for a while: what the wake before left to be made, and what this pause left to be torn down, is over.
     time.sleep(asleep_s)
-    sample = side.wake()
+    sample = side.wake_counted()
     recorder.add({**sample, "cache": cache, "warm_ms": warm, "overhead_ms": sample["wake_ms"] - warm})
 
 

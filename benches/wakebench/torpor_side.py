@@ -70,15 +70,21 @@ class TorporSide:
     def evict(self):
         cache.evict([self.machine.directory / "memory.img"])
 
-    def wake(self, count_calls=False):
-        """Wake it by a request. The sample says what its VMM and torpord did for it up to the first byte, and, if the
-        wake is one for counting, their system calls."""
+    def wake(self):
+        """Wake it by a request; nothing else is done meanwhile."""
         self.cycle += 1
+        elapsed, answer = first_byte(self.address, self.guest, time.monotonic)
+        return {"kind": "wake", "system": self.name, "cycle": self.cycle, "wake_ms": elapsed * 1e3,
+                "stages_ms": server_timing(answer)}
+
+    def wake_counted(self, count_calls=False):
+        """The same while nobody else does anything. The sample says what its VMM and torpord did for it up to the first
+        byte, and, if the wake is one for counting and not for timing, their system calls."""
         n_told = len(self.machine.events("machine.first_byte"))
         torpord, blanks = torpor.torpord_pid(), counters.vmm_pids()
         before = {pid: counters.of_process(pid) for pid in [torpord, *blanks]}
         with counters.SystemCalls([torpord, *blanks]) if count_calls else contextlib.nullcontext() as calls:
-            elapsed, answer = first_byte(self.address, self.guest, time.monotonic)
+            sample = self.wake()
             if calls:
                 calls.stop()
             after = {pid: counters.of_process(pid) for pid in [torpord, *counters.vmm_pids()]}
@@ -89,9 +95,8 @@ class TorporSide:
                 costs = {"vmm": costs["vmm"] | calls.counts(pid), "torpord": costs["torpord"] | calls.counts(torpord)}
         told = torpor.wait_for(lambda: self.machine.events("machine.first_byte")[n_told:], "the first byte is told of", 30)
         woken = self.machine.events("machine.woken")[-1]["detail"]
-        return {"kind": "counted wake" if count_calls else "wake", "system": self.name, "cycle": self.cycle,
-                "wake_ms": elapsed * 1e3, "stages_ms": server_timing(answer), "pages": told[-1]["detail"].get("pages"),
-                "cpu_ms": sum(cost["cpu_ns"] for cost in costs.values()) / 1e6, "costs": costs, "detail": woken}
+        return {**sample, "kind": "counted wake" if count_calls else "wake", "pages": told[-1]["detail"].get("pages"),
+                "cpu_ms": sum(cost["cpu_ms"] for cost in costs.values()), "costs": costs, "detail": woken}
 
     def close(self):
         self.machine.delete()
