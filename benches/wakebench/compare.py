@@ -23,7 +23,7 @@ def groups(samples, kind, field):
 
 
 ROWS = [("wake", "warm_ms"), ("wake", "wake_ms"), ("wake", "overhead_ms"), ("wake", "cpu_ms"), ("pause", "freeze_ms"),
-        ("pause", "pause_ms"), ("pause", "written_bytes"), ("mid-persist", "wake_ms"), ("burst", "wake_ms")]
+        ("pause", "pause_ms"), ("pause", "written_bytes"), ("pause", "changed_bytes"), ("mid-persist", "wake_ms"), ("burst", "wake_ms")]
 
 
 def print_summary(samples):

@@ -65,7 +65,10 @@ class TorporSide:
         self.machine.pause()
         elapsed = time.monotonic() - start
         detail = self.machine.events("machine.paused")[-1]["detail"]
-        return {"kind": "pause", "system": self.name, "cycle": self.cycle, "pause_ms": elapsed * 1e3, **detail}
+        persist = detail["persist"]
+        return {"kind": "pause", "system": self.name, "cycle": self.cycle, "pause_ms": elapsed * 1e3,
+                "freeze_ms": detail["freeze_us"] / 1e3, "written_bytes": persist["written_bytes"],
+                "changed_bytes": persist["written_pages"] * 4096, **detail}
 
     def evict(self):
         cache.evict([self.machine.directory / "memory.img"])

@@ -19,7 +19,7 @@ use torpor_api::vmm::{FdRole, RestoreTrace};
 
 /// Up to this generation of an image the recorded set says little: it is that of a boot or of the template's guest,
 /// which did something else.
-const EARLY_GENERATIONS: u64 = 4;
+const EARLY_GENERATIONS: u64 = 3;
 /// Most bytes of an image that are mapped ahead although nobody saw that the guest needs them.
 const MAX_UNKNOWN_BYTES: u64 = 128 << 20;
 
