@@ -155,6 +155,8 @@ pub struct LimitsConfig {
     pub pre_copy_before_s: Option<u64>,
     /// Most machines that run at a time.
     pub max_running: u16,
+    /// Most machines that are restored at a time, the others wait their turn; twice the processors if not given.
+    pub max_restoring: Option<u16>,
     /// Most sleeping machines to which clients keep connections open; past it the oldest loses them.
     pub max_parked: u16,
     /// Blank VMMs kept ready for each of the shapes used last; a wake that finds none waits until one is made.
@@ -224,6 +226,7 @@ impl Default for LimitsConfig {
             max_running_mem_mib: None,
             pause_idle_after_s: None,
             pre_copy_before_s: None,
+            max_restoring: None,
             max_running: 256,
             max_parked: 256,
             blank_vmms: 2,
@@ -275,6 +278,7 @@ impl Config {
             ("limits.boot_timeout_s", limits.boot_timeout_s),
             ("limits.wake_timeout_s", limits.wake_timeout_s),
             ("limits.max_running", limits.max_running.into()),
+            ("limits.max_restoring", limits.max_restoring.map_or(1, u64::from)),
             ("limits.console_limit_kib", limits.console_limit_kib),
         ];
         for (key, value) in positive {
@@ -350,6 +354,10 @@ impl Config {
             drain_grace: Duration::from_millis(self.limits.drain_grace_ms),
             max_running_mem_mib: self.limits.max_running_mem_mib.unwrap_or_else(host_mib),
             idle_before_pause: self.limits.pause_idle_after_s.map(Duration::from_secs),
+            max_restoring: self
+                .limits
+                .max_restoring
+                .map_or_else(twice_the_processors, usize::from),
             pre_copy_before: self.limits.pre_copy_before_s.map(Duration::from_secs),
             service_host: self.service_host(),
             service_tls: self.proxy.tls_cert_file.is_some(),
@@ -367,6 +375,10 @@ pub fn host_of(listen_ip: IpAddr) -> String {
         IpAddr::V4(address) => address.to_string(),
         IpAddr::V6(address) => format!("[{address}]"),
     }
+}
+
+fn twice_the_processors() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from) * 2
 }
 
 fn host_memory_mib() -> Option<u32> {

@@ -41,7 +41,7 @@ use crate::ssh::Door;
 use crate::store::{MachineRow, NewEvent, Store};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use torpor_api::activity::ActivitySource;
@@ -61,6 +61,8 @@ pub struct Settings {
     pub max_running_mem_mib: u32,
     /// A machine that nobody used for so long is put to sleep when another one waits for memory; `None` if none is.
     pub idle_before_pause: Option<Duration>,
+    /// Most restores at a time: more of them take no less time, and each of them longer.
+    pub max_restoring: usize,
     /// How long before a lease pauses a machine its memory is written ahead; `None` if it is not.
     pub pre_copy_before: Option<Duration>,
     /// Host part of service URLs.
@@ -80,6 +82,7 @@ impl Default for Settings {
             drain_grace: Duration::from_secs(2),
             max_running_mem_mib: 1 << 20,
             idle_before_pause: None,
+            max_restoring: 1024,
             pre_copy_before: None,
             service_host: "127.0.0.1".to_owned(),
             service_tls: false,
@@ -144,6 +147,7 @@ pub struct Shared {
     pub(super) routes: Arc<Routes>,
     pub(super) ssh: OnceLock<Arc<Door>>,
     pub(super) memory: Arc<Admission>,
+    pub(super) restoring: Semaphore,
     pub(super) edge: Edge,
     pub(super) lines: Arc<LineBook>,
     pub(super) filters: Filters,
@@ -182,6 +186,7 @@ impl Fleet {
                 routes: Arc::default(),
                 ssh: OnceLock::new(),
                 memory: Admission::new(settings.max_running_mem_mib),
+                restoring: Semaphore::new(settings.max_restoring),
                 edge: Edge::default(),
                 lines: Arc::default(),
                 filters: Filters::default(),

@@ -317,6 +317,8 @@ async fn restore(shared: Arc<Shared>, mut order: UpOrder) -> Outcome {
         Ok(memory) => memory,
         Err(error) => return Outcome::Restored(Err(HypervisorError::new(error.code, error.message))),
     };
+    // First come, first served; it is never closed.
+    let _turn = shared.restoring.acquire().await;
     let admitted = began.elapsed();
     let id = ExecutionId::generate();
     match shared

@@ -352,3 +352,31 @@ async fn requests_at_random_instants_of_pausing_and_waking_never_fail() {
         "no count was lost or repeated"
     );
 }
+
+#[tokio::test]
+async fn machines_are_restored_a_few_at_a_time_and_the_others_wait_their_turn() {
+    let world = World::with(Settings {
+        max_restoring: 1,
+        ..Settings::default()
+    });
+    let (first, second) = (world.create().await, world.create().await);
+    world.pause(&first).await.unwrap();
+    world.pause(&second).await.unwrap();
+    let hold = world.host.faults().hold(Point::Restore);
+    let touch = |id: MachineId| {
+        let fleet = world.fleet.clone();
+        tokio::spawn(async move {
+            let woken = fleet.wake(&id, WakeSource::Http, serde_json::Value::Null).await;
+            woken.map(drop)
+        })
+    };
+    let first = touch(first);
+    hold.arrived().await;
+    let waiting = touch(second.clone());
+    world.reaches(&second, MachineStatus::Waking).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(!waiting.is_finished(), "restored beside another one");
+    hold.release();
+    first.await.unwrap().unwrap();
+    waiting.await.unwrap().unwrap();
+}
