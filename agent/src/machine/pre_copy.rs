@@ -7,6 +7,7 @@
 use super::driver::Command;
 use super::fleet::Fleet;
 use super::leases;
+use super::usage::millis;
 use std::collections::HashMap;
 use std::time::Duration;
 use torpor_api::MachineId;
@@ -53,8 +54,4 @@ async fn look_ahead(fleet: Fleet, before: Duration) {
             }
         }
     }
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

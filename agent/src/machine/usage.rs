@@ -144,6 +144,6 @@ pub(super) fn awake_until(fleet: &Fleet, id: &MachineId, policy: &ActivityPolicy
     handle.gate.awake_since_unix_ms().saturating_add(least_ms)
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
