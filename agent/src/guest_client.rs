@@ -119,12 +119,7 @@ impl GuestClient {
         operation: &'static str,
         request: &GuestRequest,
     ) -> Result<Channel, GuestClientError> {
-        bounded(operation, ANSWER_DEADLINE, async {
-            let mut channel = Channel::over(self.way.dial().await?);
-            channel.send_request(request).await?;
-            Ok(channel)
-        })
-        .await
+        bounded(operation, ANSWER_DEADLINE, self.ask(request)).await
     }
 
     /// Wait until a booting guest's agent answers; gives up at `deadline`.
@@ -164,16 +159,24 @@ impl GuestClient {
         }
     }
 
-    /// Step the guest's wall clock to the host's and stir its entropy pool. The clock is read just before the
-    /// request is written, so that the wait for the connection is no error of the guest's clock.
+    /// A connection to the agent that nothing was asked on, for a guest that may not run yet.
     ///
     /// # Errors
     /// See [`GuestClientError`].
-    pub async fn resync(&self) -> Result<Resynced, GuestClientError> {
+    pub async fn knock(&self) -> Result<Channel, GuestClientError> {
+        self.way.dial().await
+    }
+
+    /// Step the guest's wall clock to the host's and stir its entropy pool, by a connection of [`Self::knock`]. The clock is
+    /// read just before the request is written, which should be when the guest has begun to run. The request does not wait
+    /// for the connection to be accepted: both are there when the guest looks.
+    ///
+    /// # Errors
+    /// See [`GuestClientError`].
+    pub async fn resync(&self, channel: &mut Channel) -> Result<Resynced, GuestClientError> {
         let entropy: [u8; ENTROPY_LEN] = rand::random();
         let entropy = base64::engine::general_purpose::STANDARD.encode(entropy);
         let exchange = async {
-            let mut channel = Channel::over(self.way.dial().await?);
             let wall_unix_ns = wall_unix_ns();
             channel
                 .send_request(&GuestRequest::Resync {
@@ -249,11 +252,16 @@ impl GuestClient {
         request: &GuestRequest,
     ) -> Result<GuestResponse, GuestClientError> {
         bounded(operation, ANSWER_DEADLINE, async {
-            let mut channel = Channel::over(self.way.dial().await?);
-            channel.send_request(request).await?;
-            channel.response().await
+            self.ask(request).await?.response().await
         })
         .await
+    }
+
+    async fn ask(&self, request: &GuestRequest) -> Result<Channel, GuestClientError> {
+        let mut channel = self.way.dial().await?;
+        channel.accepted().await?;
+        channel.send_request(request).await?;
+        Ok(channel)
     }
 }
 

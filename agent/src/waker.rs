@@ -188,6 +188,7 @@ fn report_first_byte(
     stages: serde_json::Map<String, serde_json::Value>,
 ) -> FirstByteHook {
     Box::new(move |since_accepted| {
+        epoch.tell_answered();
         tokio::spawn(async move {
             epoch.execution.first_byte().await;
             let mut detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });

@@ -148,19 +148,11 @@ impl Front {
         let origin = *origin;
         match listener.accept() {
             Ok(socket) => {
-                if self.pending.len() >= MAX_PENDING {
-                    self.pending.remove(0);
-                }
-                let mut connection = Pending {
-                    origin,
-                    socket,
-                    bytes: Vec::new(),
-                    deadline: Instant::now() + self.request_timeout,
-                };
+                let mut connection = Pending::new(origin, socket, self.request_timeout);
                 // The request is often there already.
                 match connection.read() {
                     Progress::Complete => self.hand_over(connection),
-                    Progress::Incomplete => self.pending.push(connection),
+                    Progress::Incomplete => self.pend(connection),
                     Progress::Refused(error) => wire::finish(&mut connection.socket, Err(error)),
                     Progress::Gone => {}
                 }
@@ -173,20 +165,46 @@ impl Front {
         }
     }
 
-    fn hand_over(&self, connection: Pending) {
+    fn hand_over(&mut self, connection: Pending) {
         let server = Arc::clone(&self.server);
+        let origin = connection.origin;
         // A panic is logged by the hook; the peer sees its connection close.
-        let _ = catch_unwind(AssertUnwindSafe(move || {
+        let served = catch_unwind(AssertUnwindSafe(move || {
             let payload = connection.bytes.get(HEADER_LEN..).unwrap_or_default();
-            match connection.origin {
+            match origin {
                 Origin::Host => server.serve(connection.socket, payload),
-                Origin::Inside => server.serve_inside(connection.socket, payload),
+                Origin::Inside => {
+                    server.serve_inside(connection.socket, payload);
+                    None
+                }
             }
         }));
+        // To be closed by the peer, or to ask once more.
+        if let Ok(Some(socket)) = served
+            && socket.set_nonblocking(true).is_ok()
+        {
+            self.pend(Pending::new(origin, socket, self.request_timeout));
+        }
+    }
+
+    fn pend(&mut self, connection: Pending) {
+        if self.pending.len() >= MAX_PENDING {
+            self.pending.remove(0);
+        }
+        self.pending.push(connection);
     }
 }
 
 impl Pending {
+    fn new(origin: Origin, socket: UnixStream, request_timeout: Duration) -> Self {
+        Self {
+            origin,
+            socket,
+            bytes: Vec::new(),
+            deadline: Instant::now() + request_timeout,
+        }
+    }
+
     /// Read what is there, never past the request frame: what follows belongs to the operation.
     fn read(&mut self) -> Progress {
         loop {

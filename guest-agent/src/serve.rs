@@ -48,10 +48,12 @@ impl Server {
         }
     }
 
-    /// Serve the request in `payload`, here or on a thread of its own.
-    pub fn serve(self: &Arc<Self>, mut socket: UnixStream, payload: &[u8]) {
+    /// Serve the request in `payload`, here or on a thread of its own. The connection, if it is to stay until the host closes
+    /// it: that of a resync, whose end would cost the guest time just when somebody waits for its first answer.
+    pub fn serve(self: &Arc<Self>, mut socket: UnixStream, payload: &[u8]) -> Option<UnixStream> {
         let refuse = |socket: &mut UnixStream, code, message: String| {
             wire::finish(socket, Err(wire::error(code, message)));
+            None
         };
         let _ = socket.set_nonblocking(false);
         let _ = socket.set_write_timeout(Some(QUICK_TIMEOUT));
@@ -68,7 +70,7 @@ impl Server {
                 self.shutdown
                     .throw(if reboot { Ending::Reboot } else { Ending::PowerOff });
             }
-            return;
+            return matches!(request, GuestRequest::Resync { .. }).then_some(socket);
         }
         if self.shutdown.ending().is_some() {
             return refuse(
@@ -93,6 +95,7 @@ impl Server {
                 format_args!("cannot start a thread: {error}"),
             );
         }
+        None
     }
 
     /// Serve a request of a process in the guest, which may do little.

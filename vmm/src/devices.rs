@@ -117,6 +117,8 @@ pub struct DevicesState {
     balloon_target_pages: u32,
     balloon_actual_pages: u32,
     serial: SavedSerial,
+    /// The guest knew of no vsock connection. Last of all state, because older images end here: it reads as false then.
+    vsock_unconnected: bool,
 }
 
 /// All devices of the machine, and their threads.
@@ -362,6 +364,10 @@ impl DeviceSet {
             balloon_target_pages,
             balloon_actual_pages,
             serial: self.console.save(),
+            vsock_unconnected: !self
+                .vsock
+                .with_model(|vsock| vsock.has_connections())
+                .unwrap_or(true),
         }
     }
 
@@ -388,19 +394,19 @@ impl DeviceSet {
             balloon.target_pages = state.balloon_target_pages;
             balloon.actual_pages = state.balloon_actual_pages;
         });
-        if self.vsock.is_running() {
+        if self.vsock.is_running() && !state.vsock_unconnected {
             self.vsock.with_model(Vsock::transport_reset);
         }
         self.console.restore(&state.serial).ok_or(DeviceError::Serial)
     }
 
-    /// Lets restored devices run: every queue is looked at, every interrupt raised that may have been lost.
+    /// Lets restored devices run: every queue is looked at, every interrupt raised that the guest has not acknowledged. One
+    /// that was on its way when the image was made is among those; what the guest has acknowledged it has seen.
     pub fn resume_after_restore(&mut self) {
         // While the threads are parked: a request that queued up may keep its device for an fdatasync.
         for device in self.bus() {
-            device.raise_after_restore();
+            device.interrupt().raise_pending();
         }
-        worker::ring(self.console.line());
         self.thaw();
     }
 

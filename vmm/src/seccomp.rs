@@ -42,6 +42,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_ftruncate,
     libc::SYS_fallocate,
     libc::SYS_fadvise64,
+    crate::sys::page_cache::SYS_CACHESTAT,
     libc::SYS_fsync,
     libc::SYS_fdatasync,
     libc::SYS_ioctl,

@@ -121,7 +121,7 @@ impl Platform {
         // The VMM has its own; ours would keep the tap and the listener alive after it.
         drop((open, kernel, tap, vsock));
         await_guest(live.get(), deadline).await?;
-        Ok(live.confirm())
+        Ok(live.confirm(()))
     }
 
     pub(super) async fn restore_machine(
@@ -168,14 +168,14 @@ impl Platform {
             Ok((trace, micros(begun)))
         };
         let outcome = wake::finish(restored, live.get().guest()).await;
-        let (vmm, restored_us) = outcome.map_err(|error| wake::error(machine, error))?;
+        let ((vmm, restored_us), resync) = outcome.map_err(|error| wake::error(machine, error))?;
         let stages = WakeStages {
             vmm_ready_us,
             restored_us,
             resynced_us: micros(begun),
             vmm,
         };
-        Ok((live.confirm(), stages))
+        Ok((live.confirm((resync, open, image)), stages))
     }
 
     /// The machine's template, which must be what it was when the machine was made.
@@ -304,10 +304,11 @@ impl Live {
         &self.execution
     }
 
-    /// The guest has the processors for itself until the first response is likely to be out.
-    fn confirm(mut self) -> Arc<dyn Execution> {
+    /// The guest has the processors for itself until the first response is likely to be out: the pools fill up after that,
+    /// and what is of no more use ends after that.
+    fn confirm(mut self, spent: impl Send + 'static) -> Arc<dyn Execution> {
         self.unconfirmed.0 = None;
-        let refills = self.refills;
+        let refills = (self.refills, spent);
         tokio::spawn(async move {
             tokio::time::sleep(REFILL_QUIET).await;
             drop(refills);

@@ -1,11 +1,10 @@
-//! The last steps of a restore: the VMM's reply and the guest's acknowledgement, waited for together.
-
-use std::pin::pin;
+//! The last steps of a restore: the VMM's reply and the guest's acknowledgement.
 
 use torpor_api::ErrorCode;
 use torpor_api::vmm::{RestoreTrace, VmmErrorCode};
 
-use crate::guest_client::{GuestClient, GuestClientError, Resynced};
+use crate::guest_client::channel::Channel;
+use crate::guest_client::{GuestClient, GuestClientError};
 use crate::machine::hypervisor::{HypervisorError, MachineSpec};
 use crate::vmm_client::VmmClientError;
 
@@ -15,31 +14,19 @@ pub(super) enum RestoreFailure {
     Guest(GuestClientError),
 }
 
-/// The VMM's reply and the guest's acknowledgement, waited for together. A guest that can't be reached because
-/// the restore failed is not the cause to report.
+/// The VMM's reply and then the guest's acknowledgement, by a connection that is made beside the restore and returned open:
+/// its end would cost the guest as much as its beginning, and just when it has a request to answer.
 pub(super) async fn finish(
     restored: impl Future<Output = Result<(RestoreTrace, u64), VmmClientError>>,
     guest: &GuestClient,
-) -> Result<(RestoreTrace, u64), RestoreFailure> {
-    let (mut restored, mut resynced) = (pin!(restored), pin!(guest.resync()));
-    let mut early: Option<Result<Resynced, GuestClientError>> = None;
-    let trace = loop {
-        tokio::select! {
-            trace = &mut restored => break trace.map_err(RestoreFailure::Vmm)?,
-            answer = &mut resynced, if early.is_none() => early = Some(answer),
-        }
-    };
-    let answer = match early {
-        Some(answer) => answer,
-        None => resynced.await,
-    };
-    match answer {
-        Ok(resynced) => {
-            tracing::debug!(step_ns = resynced.step_ns, "guest acknowledged clock and entropy");
-            Ok(trace)
-        }
-        Err(error) => Err(RestoreFailure::Guest(error)),
-    }
+) -> Result<((RestoreTrace, u64), Channel), RestoreFailure> {
+    let (restored, knocked) = tokio::join!(restored, guest.knock());
+    // A guest that can't be reached because the restore failed is not the cause to report.
+    let trace = restored.map_err(RestoreFailure::Vmm)?;
+    let mut channel = knocked.map_err(RestoreFailure::Guest)?;
+    let resynced = guest.resync(&mut channel).await.map_err(RestoreFailure::Guest)?;
+    tracing::debug!(step_ns = resynced.step_ns, "guest acknowledged clock and entropy");
+    Ok((trace, channel))
 }
 
 pub(super) fn error(machine: &MachineSpec, failure: RestoreFailure) -> HypervisorError {

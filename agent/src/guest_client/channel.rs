@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use torpor_api::guest::{
@@ -18,7 +18,7 @@ use torpor_api::guest::{
 use super::{GuestClientError, misplaced};
 
 /// Longest answer to `CONNECT`: `OK ` and a port number.
-const MAX_ANSWER: usize = 32;
+const MAX_ANSWER: u64 = 32;
 
 /// A frame that came from the guest.
 #[derive(Debug)]
@@ -38,7 +38,11 @@ pub struct Channel {
 }
 
 /// The half that reads.
-pub struct FrameReceiver(BufReader<OwnedReadHalf>);
+pub struct FrameReceiver {
+    stream: BufReader<OwnedReadHalf>,
+    /// The VMM has yet to say that the guest accepted.
+    awaits_ok: bool,
+}
 
 /// The half that writes.
 pub struct FrameSender(OwnedWriteHalf);
@@ -49,9 +53,21 @@ impl Channel {
     pub fn over(stream: UnixStream) -> Self {
         let (read, write) = stream.into_split();
         Self {
-            receiver: FrameReceiver(BufReader::with_capacity(64 << 10, read)),
+            receiver: FrameReceiver {
+                stream: BufReader::with_capacity(64 << 10, read),
+                awaits_ok: false,
+            },
             sender: FrameSender(write),
         }
+    }
+
+    /// Wait until the agent has accepted. What is sent before that reaches it all the same, up to the few KiB that the VMM
+    /// passes on ahead.
+    ///
+    /// # Errors
+    /// Nothing listens in the guest, or the connection broke.
+    pub async fn accepted(&mut self) -> Result<(), GuestClientError> {
+        self.receiver.accepted().await
     }
 
     /// Open with the operation's request.
@@ -81,16 +97,41 @@ impl FrameReceiver {
     /// # Errors
     /// The guest closed, or sent what is no frame.
     pub async fn next(&mut self) -> Result<Frame, GuestClientError> {
+        self.accepted().await?;
         let mut header = [0; HEADER_LEN];
-        self.0.read_exact(&mut header).await.map_err(io("read from"))?;
+        self.stream
+            .read_exact(&mut header)
+            .await
+            .map_err(io("read from"))?;
         let (kind, len) = decode_header(header).map_err(|error| GuestClientError::Protocol {
             what: error.to_string(),
         })?;
         let mut payload = vec![0; len];
-        self.0.read_exact(&mut payload).await.map_err(io("read from"))?;
+        self.stream
+            .read_exact(&mut payload)
+            .await
+            .map_err(io("read from"))?;
         Ok(Frame {
             kind,
             payload: payload.into(),
+        })
+    }
+
+    async fn accepted(&mut self) -> Result<(), GuestClientError> {
+        if !self.awaits_ok {
+            return Ok(());
+        }
+        let mut answer = Vec::new();
+        let mut line = (&mut self.stream).take(MAX_ANSWER);
+        let read = line.read_until(b'\n', &mut answer).await;
+        read.map_err(io("read from"))?;
+        if answer.starts_with(b"OK ") && answer.ends_with(b"\n") {
+            self.awaits_ok = false;
+            return Ok(());
+        }
+        Err(GuestClientError::NotListening {
+            port: AGENT_PORT,
+            answer: String::from_utf8_lossy(&answer).into_owned(),
         })
     }
 }
@@ -147,8 +188,8 @@ pub fn last_frame(frame: &Frame) -> Result<GuestResponse, GuestClientError> {
 /// A way to the agent inside a guest.
 #[async_trait]
 pub trait Dial: Send + Sync + 'static {
-    /// A new connection to it.
-    async fn dial(&self) -> Result<UnixStream, GuestClientError>;
+    /// A new connection to it, on its way: see [`Channel::accepted`].
+    async fn dial(&self) -> Result<Channel, GuestClientError>;
 }
 
 /// The way through a VMM's vsock socket.
@@ -157,8 +198,7 @@ pub(super) struct Vsock(pub(super) PathBuf);
 
 #[async_trait]
 impl Dial for Vsock {
-    /// Waits for as long as the VMM waits for the guest.
-    async fn dial(&self) -> Result<UnixStream, GuestClientError> {
+    async fn dial(&self) -> Result<Channel, GuestClientError> {
         let mut stream = UnixStream::connect(&self.0)
             .await
             .map_err(|source| GuestClientError::Connect {
@@ -167,29 +207,10 @@ impl Dial for Vsock {
             })?;
         let line = format!("CONNECT {AGENT_PORT}\n");
         stream.write_all(line.as_bytes()).await.map_err(io("write to"))?;
-        expect_ok(&mut stream).await?;
-        Ok(stream)
+        let mut channel = Channel::over(stream);
+        channel.receiver.awaits_ok = true;
+        Ok(channel)
     }
-}
-
-async fn expect_ok(stream: &mut UnixStream) -> Result<(), GuestClientError> {
-    let mut answer = [0; MAX_ANSWER];
-    let mut len = 0;
-    // The agent speaks only when asked, so nothing of it can follow the line into this buffer.
-    while len < MAX_ANSWER && !answer[..len].ends_with(b"\n") {
-        let n = stream.read(&mut answer[len..]).await.map_err(io("read from"))?;
-        if n == 0 {
-            break;
-        }
-        len += n;
-    }
-    if answer[..len].starts_with(b"OK ") && answer[..len].ends_with(b"\n") {
-        return Ok(());
-    }
-    Err(GuestClientError::NotListening {
-        port: AGENT_PORT,
-        answer: String::from_utf8_lossy(&answer[..len]).into_owned(),
-    })
 }
 
 fn io(operation: &'static str) -> impl Fn(std::io::Error) -> GuestClientError {

@@ -34,6 +34,7 @@ pub struct Epoch {
     exited: watch::Receiver<Option<ExitReason>>,
     inside: AtomicUsize,
     left: Notify,
+    answered: Notify,
 }
 
 impl Epoch {
@@ -46,7 +47,21 @@ impl Epoch {
             over: CancellationToken::new(),
             inside: AtomicUsize::new(0),
             left: Notify::new(),
+            answered: Notify::new(),
         })
+    }
+
+    /// The first response byte of the request that woke the machine is out.
+    pub fn tell_answered(&self) {
+        self.answered.notify_one();
+    }
+
+    /// Wait for that, or for the execution's end.
+    pub async fn answered(&self) {
+        tokio::select! {
+            () = self.answered.notified() => {}
+            () = self.over.cancelled() => {}
+        }
     }
 }
 

@@ -66,8 +66,6 @@ pub(crate) trait MmioDevice: Send + Sync {
     fn save(&self) -> TransportState;
     /// From an image.
     fn restore(&self, state: &TransportState) -> Result<(), TransportError>;
-    /// The guest may miss an interrupt that was on its way when the image was made; one too many does no harm.
-    fn raise_after_restore(&self);
 }
 
 /// A device.
@@ -290,12 +288,5 @@ impl<M: Model> MmioDevice for VirtioDevice<M> {
         self.lock().restore(saved)?;
         self.interrupt.set_status(saved.interrupt_status);
         Ok(())
-    }
-
-    fn raise_after_restore(&self) {
-        if self.is_running() {
-            self.interrupt.used_buffer();
-        }
-        self.interrupt.raise_pending();
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! Invariants: at most [`MAX_CONNECTIONS`]; at most `BUF_ALLOC` bytes kept per connection; answers to the guest
 //! are bounded by not reading its packets while [`MAX_CONTROL`] of them wait. Nothing is watched that nobody would
-//! act on, so the thread never spins. Connections do not survive a restore: the guest gets a transport reset,
+//! act on, so the thread never spins. Connections do not survive a restore: a guest that had any gets a transport reset,
 //! and no connection is made before it has taken that in, because it would be torn down with the old ones.
 
 use std::collections::{HashMap, VecDeque};
@@ -96,6 +96,11 @@ impl Vsock {
         self.reset_event = ResetEvent::Due;
     }
 
+    /// Whether the guest may know of a connection.
+    pub(crate) fn has_connections(&self) -> bool {
+        self.connections.values().any(Connection::is_known)
+    }
+
     fn watch_listener(&mut self) {
         let wanted = self.connections.len() < MAX_CONNECTIONS;
         if wanted == self.listening {
@@ -168,10 +173,14 @@ impl Vsock {
                 Greeting::Bad => return self.remove(token),
             },
             Phase::Held => return self.remove(token),
-            Phase::Requested => {
+            Phase::Requested if hung_up || flags.contains(EpollFlags::EPOLLRDHUP) => {
                 let reset = connection.header(OP_RST, 0);
                 self.control.push_back(reset);
                 return self.remove(token);
+            }
+            Phase::Requested => {
+                connection.queued = true;
+                self.ready.push_back(token);
             }
             Phase::Draining => {
                 connection.flush();
@@ -274,7 +283,7 @@ impl Model for Vsock {
         let known: Vec<_> = self
             .connections
             .iter()
-            .filter(|(_, connection)| !matches!(connection.phase, Phase::Greeting | Phase::Held))
+            .filter(|(_, connection)| connection.is_known())
             .map(|(&token, _)| token)
             .collect();
         known.into_iter().for_each(|token| self.remove(token));

@@ -6,6 +6,8 @@
 
 use super::{Extent, ImageLayout};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
+use crate::sys::file_view::FileView;
+use crate::sys::page_cache::cached_pages;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -51,8 +53,17 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// A page can't be read, or is not what was written.
     fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), PageError>;
+    /// What [`Self::check`] looks at pages by without copying them, if there is such a thing: for pages that are in memory.
+    fn view(&self) -> Option<FileView>;
+    /// The bytes of whole pages where the view has them, each checked.
+    ///
+    /// # Errors
+    /// A page is not there, or is not what was written.
+    fn check<'a>(&self, pages: Range<u64>, view: &'a FileView) -> Result<&'a [u8], PageError>;
     /// These pages will be read soon.
     fn will_need(&self, pages: Range<u64>);
+    /// About how many of these pages would have to come from a disk; none if that can't be known.
+    fn n_on_disk(&self, pages: Range<u64>) -> u64;
     /// The file that holds all pages in order, and the offset of page `first`, if they may be mapped from it.
     fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)>;
 }
@@ -264,6 +275,19 @@ impl ImageFile {
         Ok(n_bytes)
     }
 
+    fn verify(&self, first: u64, content: &[u8]) -> Result<(), PageError> {
+        let end = first + (content.len() / PAGE_SIZE) as u64;
+        for (content, page) in content.chunks_exact(PAGE_SIZE).zip(first..) {
+            let wanted = self.checksum(page);
+            let wanted = wanted.map_err(|source| PageError::Read { first, end, source })?;
+            let found = page_checksum(content);
+            if found != wanted {
+                return Err(PageError::Checksum { page, found, wanted });
+            }
+        }
+        Ok(())
+    }
+
     /// Read pages as they are, unchecked.
     pub(super) fn read_raw(&self, first: u64, buffer: &mut [u8]) -> io::Result<()> {
         self.file.read_exact_at(buffer, self.layout.page_offset(first))
@@ -275,14 +299,23 @@ impl PageSource for ImageFile {
         let end = first + (buffer.len() / PAGE_SIZE) as u64;
         let failed = |source| PageError::Read { first, end, source };
         self.read_raw(first, buffer).map_err(failed)?;
-        for (content, page) in buffer.chunks_exact(PAGE_SIZE).zip(first..) {
-            let wanted = self.checksum(page).map_err(failed)?;
-            let found = page_checksum(content);
-            if found != wanted {
-                return Err(PageError::Checksum { page, found, wanted });
-            }
-        }
-        Ok(())
+        self.verify(first, buffer)
+    }
+
+    fn view(&self) -> Option<FileView> {
+        let len_bytes = self.layout.n_pages() * PAGE_BYTES;
+        FileView::new(self.file.as_fd(), self.layout.data_offset(), len_bytes).ok()
+    }
+
+    fn check<'a>(&self, pages: Range<u64>, view: &'a FileView) -> Result<&'a [u8], PageError> {
+        let bytes = view.bytes(pages.start * PAGE_BYTES..pages.end * PAGE_BYTES);
+        let bytes = bytes.ok_or_else(|| PageError::Read {
+            first: pages.start,
+            end: pages.end,
+            source: io::ErrorKind::UnexpectedEof.into(),
+        })?;
+        self.verify(pages.start, bytes)?;
+        Ok(bytes)
     }
 
     fn will_need(&self, pages: Range<u64>) {
@@ -292,6 +325,20 @@ impl PageSource for ImageFile {
             let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
             // A hint: without it the reads are only slower.
             let _ = nix::fcntl::posix_fadvise(&self.file, offset, len, advice);
+        }
+    }
+
+    fn n_on_disk(&self, pages: Range<u64>) -> u64 {
+        let bytes = self.layout.page_offset(pages.start)..self.layout.page_offset(pages.end);
+        let n_pages = pages.end - pages.start;
+        match cached_pages(self.file.as_fd(), bytes) {
+            Ok(n_cached) if n_cached < n_pages => {
+                // Zero pages are holes, which no disk has.
+                let zero = zero_checksum();
+                let is_data = |page: &u64| self.checksum(*page).is_ok_and(|sum| sum != zero);
+                (pages.filter(is_data).count() as u64).saturating_sub(n_cached)
+            }
+            Ok(_) | Err(_) => 0,
         }
     }
 

@@ -5,6 +5,7 @@ use super::prefetch::Placement;
 use super::{GuestMemory, PageBitmap, Ram};
 use crate::image::{Extent, PageError, PageSource};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
+use crate::sys::file_view::FileView;
 use crate::sys::uffd::Uffd;
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -46,6 +47,15 @@ impl PageSource for Numbered {
         Ok(())
     }
     fn will_need(&self, _: Range<u64>) {}
+    fn view(&self) -> Option<FileView> {
+        None
+    }
+    fn check<'a>(&self, _: Range<u64>, _: &'a FileView) -> Result<&'a [u8], PageError> {
+        unreachable!("there is no view")
+    }
+    fn n_on_disk(&self, _: Range<u64>) -> u64 {
+        0
+    }
     fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)> {
         let file = self.file.as_ref()?;
         Some((file.as_fd(), first * PAGE_BYTES))
@@ -203,7 +213,11 @@ fn a_prefetched_working_set_raises_no_fault() {
         .filter_map(Extent::new)
         .collect();
     assert_eq!(
-        guest.lazy.prefetch(&extents, Placement::Copied).unwrap().n_pages,
+        guest
+            .lazy
+            .prefetch(&extents, Placement::Copied, true)
+            .unwrap()
+            .n_pages,
         364
     );
     for page in (0..64).chain(5000..5300) {
@@ -221,7 +235,7 @@ fn a_prefetch_of_a_broken_page_fails() {
     let guest = lazy(128, Some(7));
     let extent = Extent::new(0..16).unwrap();
     assert!(matches!(
-        guest.lazy.prefetch(&[extent], Placement::Copied),
+        guest.lazy.prefetch(&[extent], Placement::Copied, true),
         Err(FillError::Source { .. })
     ));
 }
@@ -234,7 +248,11 @@ fn a_mapped_working_set_raises_no_fault_and_is_the_files_until_it_is_written() {
         .filter_map(Extent::new)
         .collect();
     assert_eq!(
-        guest.lazy.prefetch(&extents, Placement::Mapped).unwrap().n_pages,
+        guest
+            .lazy
+            .prefetch(&extents, Placement::Mapped, true)
+            .unwrap()
+            .n_pages,
         332
     );
     for page in (0..16).chain(100..116).chain(5000..5300) {
@@ -266,7 +284,7 @@ fn pages_that_will_be_written_are_the_guests_own_before_it_runs() {
         Extent::new(100..104).unwrap(),
         Extent::new(104..108).unwrap().with_written(true),
     ];
-    guest.lazy.prefetch(&extents, Placement::Mapped).unwrap();
+    guest.lazy.prefetch(&extents, Placement::Mapped, true).unwrap();
     assert_eq!(
         guest.ram.own_pages().unwrap(),
         std::iter::once(104..108).collect::<Vec<_>>()
@@ -286,7 +304,7 @@ fn a_broken_page_is_not_mapped() {
     );
     let extent = Extent::new(0..16).unwrap();
     assert!(matches!(
-        guest.lazy.prefetch(&[extent], Placement::Mapped),
+        guest.lazy.prefetch(&[extent], Placement::Mapped, true),
         Err(FillError::Source { .. })
     ));
     assert!(!guest.ram.is_mapped(6));
@@ -296,7 +314,7 @@ fn a_broken_page_is_not_mapped() {
 fn a_mapped_page_that_was_given_back_is_zero_and_keeps_its_neighbours() {
     let guest = mappable(128);
     let extent = Extent::new(32..48).unwrap();
-    guest.lazy.prefetch(&[extent], Placement::Mapped).unwrap();
+    guest.lazy.prefetch(&[extent], Placement::Mapped, true).unwrap();
     guest
         .memory
         .write_obj(9u64, GuestAddress(34 * PAGE_BYTES))
@@ -335,7 +353,7 @@ fn the_next_set_has_what_was_ahead_and_of_the_tentative_pages_those_that_were_to
         extent(8..16),
         extent(64..96).with_tentative(true),
     ];
-    guest.lazy.prefetch(&extents, Placement::Mapped).unwrap();
+    guest.lazy.prefetch(&extents, Placement::Mapped, true).unwrap();
     number_at(&guest.memory, 9);
     number_at(&guest.memory, 70);
     let written = GuestAddress(80 * PAGE_BYTES);
@@ -351,7 +369,7 @@ fn the_next_set_has_what_was_ahead_and_of_the_tentative_pages_those_that_were_to
 fn a_fault_beside_mapped_pages_that_were_given_back_is_served() {
     let guest = mappable(128);
     let extents: Vec<_> = Extent::new(400..402).into_iter().collect();
-    guest.lazy.prefetch(&extents, Placement::Mapped).unwrap();
+    guest.lazy.prefetch(&extents, Placement::Mapped, true).unwrap();
     // Both of the mapping and of what userfaultfd fills.
     guest.ram.discard(401 * PAGE_BYTES, 2 * PAGE_BYTES);
     assert_eq!(number_at(&guest.memory, 403), 403);

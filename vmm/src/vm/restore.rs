@@ -58,7 +58,7 @@ impl Prepared {
             working_set,
             ..
         } = image::open(image, &self.expected(request))?;
-        let state = decode(&vmstate, self.vcpus.len())?;
+        let state = decode(vmstate, self.vcpus.len())?;
         let file = Arc::new(file);
         let mut trace = RestoreTrace {
             state_loaded_us: micros(started),
@@ -75,7 +75,7 @@ impl Prepared {
             ahead.extend(everything(&file));
         }
         trace.attached_us = micros(started);
-        let prefetched = lazy.prefetch(&ahead, Placement::default())?;
+        let prefetched = lazy.prefetch(&ahead, Placement::default(), !self.can_pre_fault)?;
         let since =
             |step: Instant| u64::try_from(step.duration_since(started).as_micros()).unwrap_or(u64::MAX);
         trace.prefetched_pages = prefetched.n_pages;
@@ -187,8 +187,13 @@ fn everything(file: &ImageFile) -> Vec<Extent> {
     }
 }
 
-fn decode(vmstate: &[u8], n_vcpus: usize) -> Result<MachineState, VmError> {
-    let state: MachineState = postcard::from_bytes(vmstate).map_err(VmError::DecodeState)?;
+/// Bytes that were added to the end of the state since there are images.
+const ADDED_BYTES: usize = 1;
+
+fn decode(mut vmstate: Vec<u8>, n_vcpus: usize) -> Result<MachineState, VmError> {
+    // What an older image lacks reads as zero; what is left over is ignored.
+    vmstate.resize(vmstate.len() + ADDED_BYTES, 0);
+    let state: MachineState = postcard::from_bytes(&vmstate).map_err(VmError::DecodeState)?;
     if state.vcpus.len() != n_vcpus {
         return Err(VmError::StateVcpus {
             found: state.vcpus.len(),

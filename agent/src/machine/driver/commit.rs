@@ -9,13 +9,22 @@ use super::operation::Outcome;
 use super::{Driver, PauseOrder};
 use crate::store::{LeaseChange, NewEvent, StoreError, Transition};
 use serde_json::json;
+use std::time::Duration;
 use torpor_api::http::LastError;
+
+/// What traffic woke answers before the wake is committed, if it does so within this time: the commit and what it sets off
+/// would compete with the guest for processor and disk.
+const FIRST_ANSWER: Duration = Duration::from_millis(250);
 
 impl Driver {
     pub(super) async fn commit_running(&mut self, event: Option<Event>) {
-        let Some(execution) = self.epoch.as_ref().map(|epoch| epoch.execution.id().clone()) else {
+        let Some(epoch) = self.epoch.clone() else {
             return;
         };
+        if event == Some(Event::Restored) && self.wake.first_port().is_some() && !self.waiters.need_commit() {
+            let _ = tokio::time::timeout(FIRST_ANSWER, epoch.answered()).await;
+        }
+        let execution = epoch.execution.id().clone();
         let failure = self.failure.clone();
         // A lease that could not be carried out keeps its deadline; the timer comes back to it.
         let (kind, lease) = match event {

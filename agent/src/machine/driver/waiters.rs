@@ -151,6 +151,11 @@ impl Waiters {
         self.wakes.is_empty() && self.pauses.is_empty() && self.deletes.is_empty()
     }
 
+    /// Whether somebody waits for the machine as it is shown.
+    pub(super) fn need_commit(&self) -> bool {
+        self.wakes.iter().any(|(need, ..)| *need != Need::Guest)
+    }
+
     /// Let in those who need no more than the guest.
     pub(super) fn let_in(&mut self, gate: &Gate, now_unix_ms: u64, report: Option<&Arc<WakeReport>>) {
         let waiting = std::mem::take(&mut self.wakes);

@@ -30,17 +30,21 @@ impl MachineQuery {
 }
 
 impl Fleet {
+    /// The machine's driver, if it has one, once the row has followed it, or takes too long to.
+    pub(super) async fn committed(&self, id: &MachineId) -> Option<Handle> {
+        let mut handle = self.shared.registry.find(id)?;
+        // A driver that has left has committed what it had to.
+        let committed = handle.live.wait_for(|live| !live.committing);
+        let _ = tokio::time::timeout(LONGEST_COMMIT, committed).await;
+        Some(handle)
+    }
+
     /// The machine as it is now.
     ///
     /// # Errors
     /// `machine_not_found`, or the store refuses.
     pub async fn view(&self, id: &MachineId) -> Result<Machine, MachineError> {
-        let mut handle = self.shared.registry.find(id);
-        if let Some(handle) = handle.as_mut() {
-            // A driver that has left has committed what it had to.
-            let committed = handle.live.wait_for(|live| !live.committing);
-            let _ = tokio::time::timeout(LONGEST_COMMIT, committed).await;
-        }
+        let handle = self.committed(id).await;
         let row = self
             .shared
             .store

@@ -35,7 +35,7 @@ impl SimulatedGuest {
 
 #[async_trait]
 impl Dial for SimulatedGuest {
-    async fn dial(&self) -> Result<UnixStream, GuestClientError> {
+    async fn dial(&self) -> Result<Channel, GuestClientError> {
         let (ours, theirs) = UnixStream::pair().map_err(|source| GuestClientError::Io {
             operation: "connect to",
             source,
@@ -43,7 +43,7 @@ impl Dial for SimulatedGuest {
         let execute = Arc::clone(&self.0);
         // A client that goes away ends it, and so does the end of the execution.
         tokio::spawn(async move { serve(Channel::over(theirs), &*execute).await });
-        Ok(ours)
+        Ok(Channel::over(ours))
     }
 }
 
@@ -55,7 +55,7 @@ pub(super) struct RealAgent {
 
 #[async_trait]
 impl Dial for RealAgent {
-    async fn dial(&self) -> Result<UnixStream, GuestClientError> {
+    async fn dial(&self) -> Result<Channel, GuestClientError> {
         let failed = |source| GuestClientError::Io {
             operation: "connect to",
             source,
@@ -67,7 +67,7 @@ impl Dial for RealAgent {
             let copied = tokio::io::copy_bidirectional(&mut theirs, &mut agent);
             ended.run_until_cancelled(copied).await
         });
-        Ok(ours)
+        Ok(Channel::over(ours))
     }
 }
 

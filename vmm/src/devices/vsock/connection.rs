@@ -21,6 +21,8 @@ use crate::devices::sys;
 pub(crate) const BUF_ALLOC: u32 = 256 << 10;
 /// After so many bytes the guest is told that they left.
 const CREDIT_STEP: u32 = BUF_ALLOC / 4;
+/// Credit of the guest's side until it has told its own: less than any guest gives by default, and room for a first request.
+const EARLY_CREDIT: u32 = 4096;
 /// Longest greeting: `CONNECT 4294967295\n` and some room.
 const MAX_GREETING_BYTES: usize = 32;
 
@@ -97,7 +99,7 @@ impl Connection {
             guest_closed: 0,
             write_shut: false,
             told_closed: 0,
-            peer_buf_alloc: 0,
+            peer_buf_alloc: EARLY_CREDIT,
             peer_fwd_cnt: 0,
             sent: 0,
             forwarded: 0,
@@ -172,9 +174,17 @@ impl Connection {
         usize::try_from(self.peer_buf_alloc.saturating_sub(in_flight)).unwrap_or(0)
     }
 
-    /// Whether the client may be read for the guest.
+    /// Whether the client may be read for the guest: also before the guest has accepted, so that a first request is there
+    /// when it does.
     pub(crate) fn may_read(&self) -> bool {
-        self.phase == Phase::Established && !self.in_closed && self.guest_closed & SHUTDOWN_RECEIVE == 0
+        matches!(self.phase, Phase::Requested | Phase::Established)
+            && !self.in_closed
+            && self.guest_closed & SHUTDOWN_RECEIVE == 0
+    }
+
+    /// Whether bytes of the client would be read if there were any, and are not going to be looked for anyway.
+    fn wants_read(&self) -> bool {
+        self.may_read() && !self.queued && self.credit() > 0
     }
 
     /// Reads the client's bytes into guest memory.
@@ -250,6 +260,11 @@ impl Connection {
         self.guest_closed == SHUTDOWN_BOTH
     }
 
+    /// Whether the guest may know of it.
+    pub(crate) fn is_known(&self) -> bool {
+        !matches!(self.phase, Phase::Greeting | Phase::Held)
+    }
+
     /// Whether bytes wait for the client.
     pub(crate) fn has_output(&self) -> bool {
         !self.out.is_empty()
@@ -276,14 +291,16 @@ impl Connection {
     pub(crate) fn interest(&self) -> Option<EpollFlags> {
         match self.phase {
             Phase::Greeting => Some(EpollFlags::EPOLLIN),
-            Phase::Held | Phase::Requested => Some(EpollFlags::EPOLLRDHUP),
+            Phase::Held => Some(EpollFlags::EPOLLRDHUP),
+            Phase::Requested if self.wants_read() => Some(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLIN),
+            Phase::Requested => Some(EpollFlags::EPOLLRDHUP),
             Phase::Draining => Some(EpollFlags::EPOLLOUT),
             Phase::Established => {
                 let mut flags = EpollFlags::empty();
                 if self.has_output() {
                     flags |= EpollFlags::EPOLLOUT;
                 }
-                if self.may_read() && !self.queued && self.credit() > 0 {
+                if self.wants_read() {
                     flags |= EpollFlags::EPOLLIN;
                 }
                 // Both its ends told apart only by a hang-up, which closes `out` and so comes once.

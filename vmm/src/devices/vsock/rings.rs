@@ -205,6 +205,9 @@ impl Vsock {
         if connection.phase == Phase::Held {
             connection.phase = Phase::Requested;
             header_room.copy_from(&connection.header(OP_REQUEST, 0).encode());
+            // The client's first bytes are often there already.
+            connection.queued = true;
+            self.ready.push_back(token);
             self.watch(token);
             return Ok(Some(HEADER_BYTES));
         }
@@ -242,7 +245,7 @@ impl Vsock {
                 if connection.credit() > 0 {
                     connection.queued = true;
                     self.ready.push_back(token);
-                } else if !connection.credit_asked {
+                } else if connection.phase == Phase::Established && !connection.credit_asked {
                     connection.credit_asked = true;
                     let ask = connection.header(OP_CREDIT_REQUEST, 0);
                     self.control.push_back(ask);

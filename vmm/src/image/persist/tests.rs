@@ -575,7 +575,7 @@ proptest! {
                     if let Some((at, pages)) = &durable {
                         guest = Guest::restore(&file, *at);
                         let backing = guest.backing.as_ref().unwrap();
-                        backing.prefetch(&[extent], placement).unwrap();
+                        backing.prefetch(&[extent], placement, true).unwrap();
                         model = pages.clone();
                     }
                 }

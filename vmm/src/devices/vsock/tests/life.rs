@@ -87,6 +87,45 @@ fn a_restored_guest_hears_of_the_reset_before_any_new_connection() {
 }
 
 #[test]
+fn a_restored_guest_that_had_no_connection_is_asked_at_once() {
+    let mut guest = Guest::new();
+    guest.machine.set.freeze();
+    let mut guest = guest.restored();
+    let mut client = guest.machine.connect_vsock();
+    client.write_all(b"CONNECT 1024\n").unwrap();
+    let request = guest.expect(OP_REQUEST);
+    guest.reply(&request, OP_RESPONSE, 0, &[]);
+    assert!(read_line(&mut client).starts_with("OK "));
+}
+
+#[test]
+fn what_a_client_sends_ahead_follows_its_request_up_to_the_early_credit() {
+    let mut guest = Guest::new();
+    let mut client = guest.machine.connect_vsock();
+    let mut sent = b"CONNECT 1024\n".to_vec();
+    sent.extend((0..10_000_u32).map(|i| i.to_le_bytes()[0]));
+    client.write_all(&sent).unwrap();
+    let request = guest.expect(OP_REQUEST);
+    let mut got = Vec::new();
+    while got.len() < 4096 {
+        let (header, bytes) = guest.next();
+        assert_eq!(header.op, OP_RW);
+        got.extend(bytes);
+    }
+    assert_eq!(got.len(), 4096);
+    guest.assert_idle();
+    assert!(guest.inbox.is_empty(), "past the early credit: {:?}", guest.inbox);
+    guest.reply(&request, OP_RESPONSE, 0, &[]);
+    assert!(read_line(&mut client).starts_with("OK "));
+    while got.len() < 10_000 {
+        let (header, bytes) = guest.next();
+        assert_eq!(header.op, OP_RW);
+        got.extend(bytes);
+    }
+    assert_eq!(got, sent[13..]);
+}
+
+#[test]
 fn more_clients_than_connections_wait_their_turn() {
     let guest = Guest::new();
     let clients: Vec<_> = (0..MAX_CONNECTIONS)
