@@ -53,6 +53,11 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// A page can't be read, or is not what was written.
     fn read(&self, first: u64, buffer: &mut [u8]) -> Result<(), PageError>;
+    /// Whether a page is zero by its checksum alone: if not, it is not zero.
+    ///
+    /// # Errors
+    /// The checksum can't be read.
+    fn may_be_zero(&self, page: u64) -> Result<bool, PageError>;
     /// What [`Self::check`] looks at pages by without copying them, if there is such a thing: for pages that are in memory.
     fn view(&self) -> Option<FileView>;
     /// The bytes of whole pages where the view has them, each checked.
@@ -300,6 +305,16 @@ impl PageSource for ImageFile {
         let failed = |source| PageError::Read { first, end, source };
         self.read_raw(first, buffer).map_err(failed)?;
         self.verify(first, buffer)
+    }
+
+    fn may_be_zero(&self, page: u64) -> Result<bool, PageError> {
+        let sum = self.checksum(page);
+        let sum = sum.map_err(|source| PageError::Read {
+            first: page,
+            end: page + 1,
+            source,
+        })?;
+        Ok(sum == zero_checksum())
     }
 
     fn view(&self) -> Option<FileView> {

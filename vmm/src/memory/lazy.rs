@@ -16,6 +16,7 @@ use super::{MemoryError, PageBitmap, Ram};
 use crate::image::{PageSource, is_zero};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::runs_by;
+use crate::sys::file_view::FileView;
 use crate::sys::process::as_fd;
 use crate::sys::uffd::{Filled, Uffd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -98,6 +99,8 @@ pub(super) struct Shared {
     pub(super) source: Arc<dyn PageSource>,
     pub(super) filled: PageBitmap,
     recorded: Mutex<Option<Vec<Range<u64>>>>,
+    /// What the working set was checked by.
+    pub(super) view: Mutex<Option<Arc<FileView>>>,
     /// Pages that were put in place before anybody touched them, in order.
     pub(super) ahead: OnceLock<Vec<Range<u64>>>,
     counters: FillCounters,
@@ -134,6 +137,7 @@ impl LazyMemory {
             uffd,
             source,
             recorded: Mutex::new(Some(Vec::new())),
+            view: Mutex::default(),
             ahead: OnceLock::new(),
             counters: FillCounters::default(),
         });
@@ -239,6 +243,7 @@ impl Shared {
     /// byte stand. Nothing if that was done before.
     pub(super) fn stop_recording(&self) -> Option<Vec<Range<u64>>> {
         let windows = self.recorded().take()?;
+        self.view.lock().unwrap_or_else(PoisonError::into_inner).take();
         let faults = self.counters.faults.load(Ordering::Relaxed);
         self.counters.faults_first_byte.store(faults, Ordering::Relaxed);
         Some(windows)
@@ -317,7 +322,7 @@ impl Shared {
     }
 
     /// Put data, or zeros, at pages of which some may be present already; those keep what they have.
-    fn place(&self, pages: Range<u64>, data: Option<&[u8]>) -> Result<(), FillError> {
+    pub(super) fn place(&self, pages: Range<u64>, data: Option<&[u8]>) -> Result<(), FillError> {
         let failed = |source| FillError::Place {
             first: pages.start,
             end: pages.end,

@@ -1,28 +1,29 @@
 //! The working set, put in place before the vCPUs run.
 //!
-//! Two ways, for the same pages and with the same checks. *Copied*: read, checked, copied in by userfaultfd; the
-//! memory is this process's alone. *Mapped*: read, checked, and then the image's own pages in the page cache are
+//! Two ways, for the same pages and with the same checks. *Copied*: checked, copied in by userfaultfd; the
+//! memory is this process's alone. *Mapped*: checked, and then the image's own pages in the page cache are
 //! mapped privately: nothing is copied, clones of one image share them, and they cost no memory of this process
 //! until they are written. Runs of zero pages are zero pages either way.
+//! Pages that the page cache holds are checked where they are, others are read.
 //!
 //! Only for a guest that does not run yet: replacing a mapping under a running vCPU would race with its faults, and a
 //! guest that runs could give pages back meanwhile. Two threads share the work.
 //! A page that is mapped was checked when it was read into the page cache; an image in use is written by nobody but
 //! the persist of its own machine, which leaves pages alone that the guest did not write.
 
-use super::lazy::{FillError, Kind, LazyMemory, Shared, runs};
+use super::lazy::{FillError, Kind, LazyMemory, Run, Shared, runs};
 use crate::image::Extent;
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::{bridged, contains, pieces, push, runs_by, union};
 use crate::sys::file_view::FileView;
 use std::ops::Range;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// Pages read and checked at once.
 const BATCH_PAGES: u64 = 64;
 /// Pages between two parts of the working set that are checked and mapped with them. Another mapping costs as much as
-/// checking about 12 pages, in the virtual host and on metal; the rest is for what the guest touches after its first
+/// checking about 16 pages, in the virtual host and on metal; the rest is for what the guest touches after its first
 /// answer, which it finds mapped: with 12, a wake was no faster, and a fifth more pages had to be copied until the next pause.
 const GAP_PAGES: u64 = 32;
 /// The same for an image that has to come from the disk: reading a page costs far more than a mapping then.
@@ -72,33 +73,25 @@ impl LazyMemory {
     ) -> Result<Prefetched, FillError> {
         let shared = &self.shared;
         let limit = shared.ram.layout().n_pages();
-        let of_extents = |is_wanted: fn(&Extent) -> bool| {
-            let wanted = extents.iter().filter(|extent| is_wanted(extent));
-            wanted.map(|extent| extent.pages(limit)).collect()
+        let wanted: Vec<_> = extents.iter().map(|extent| extent.pages(limit)).collect();
+        let with_gaps = |gap| match placement {
+            Placement::Copied => union(wanted.clone()),
+            Placement::Mapped => bridged(wanted.clone(), gap),
         };
-        let ranges = match placement {
-            Placement::Copied => union(of_extents(|_| true)),
-            Placement::Mapped => bridged(of_extents(|_| true), GAP_PAGES),
-        };
-        let on_disk = shared.on_disk(&ranges);
-        let (ranges, view) = if on_disk.is_empty() {
-            (ranges, shared.source.view())
-        } else {
-            (bridged(of_extents(|_| true), COLD_GAP_PAGES), None)
-        };
-        for range in ranges
-            .iter()
-            .filter(|range| on_disk.iter().any(|cold| cold.contains(&range.start)))
-        {
-            shared.source.will_need(range.clone());
+        let mut ranges = with_gaps(GAP_PAGES);
+        let is_in_memory = !shared.is_on_disk(&ranges);
+        if !is_in_memory {
+            ranges = with_gaps(COLD_GAP_PAGES);
+            for range in &ranges {
+                shared.source.will_need(range.clone());
+            }
         }
-        let batches: Vec<_> = ranges
-            .into_iter()
-            .flat_map(|range| pieces(range, BATCH_PAGES))
-            .collect();
+        let view = shared.view(is_in_memory);
+        let pieces = ranges.into_iter().flat_map(|range| pieces(range, BATCH_PAGES));
+        let batches: Vec<_> = pieces.collect();
         let (mut n_pages, mut to_map) = (0, Vec::new());
         for fetched in in_two(&batches, |batches| {
-            shared.fetch(batches, placement, view.as_ref())
+            shared.fetch(batches, placement, view.as_deref())
         }) {
             let fetched = fetched?;
             n_pages += fetched.n_pages;
@@ -113,9 +106,14 @@ impl LazyMemory {
         }
         let mapped = Instant::now();
         // Set once: memory is put in place ahead once.
-        let certain = || union(of_extents(|extent| !extent.is_tentative()));
-        let ahead = shared.ahead.get_or_init(certain);
-        let written = union(of_extents(Extent::is_written));
+        let of_extents = |is_wanted: fn(&Extent) -> bool| {
+            let wanted = extents.iter().filter(|extent| is_wanted(extent));
+            union(wanted.map(|extent| extent.pages(limit)).collect())
+        };
+        let ahead = shared
+            .ahead
+            .get_or_init(|| of_extents(|extent| !extent.is_tentative()));
+        let written = of_extents(Extent::is_written);
         in_two(ahead, |ranges| shared.populate(ranges, &written, populates_read));
         Ok(Prefetched {
             n_pages,
@@ -141,19 +139,22 @@ struct Fetched {
 }
 
 impl Shared {
-    /// The ranges of which the disk has something that the page cache has not, if it is not next to nothing.
-    fn on_disk(&self, ranges: &[Range<u64>]) -> Vec<Range<u64>> {
-        let missing = ranges
+    /// Whether more than next to nothing of the ranges has to come from a disk.
+    fn is_on_disk(&self, ranges: &[Range<u64>]) -> bool {
+        let n_missing: u64 = ranges
             .iter()
-            .map(|range| (range.clone(), self.source.n_on_disk(range.clone())));
-        let missing: Vec<_> = missing.collect();
+            .map(|range| self.source.n_on_disk(range.clone()))
+            .sum();
         let n_pages: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-        let n_missing: u64 = missing.iter().map(|(_, n_missing)| n_missing).sum();
-        if n_missing * COLD_FROM_ONE_IN <= n_pages {
-            return Vec::new();
-        }
-        let on_disk = missing.into_iter().filter(|(_, n_missing)| *n_missing > 0);
-        on_disk.map(|(range, _)| range).collect()
+        n_missing * COLD_FROM_ONE_IN > n_pages
+    }
+
+    /// A view of an image that is in memory. It is kept until the first response byte left: taking it down takes as long as
+    /// checking a thousand pages.
+    fn view(&self, is_in_memory: bool) -> Option<Arc<FileView>> {
+        let view = Arc::new(self.source.view().filter(|_| is_in_memory)?);
+        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&view));
+        Some(view)
     }
 
     fn fetch(
@@ -167,53 +168,89 @@ impl Shared {
             let may_map = placement == Placement::Mapped
                 && fetched.to_map.len() < MAX_MAPPINGS / 2
                 && self.source.file(pages.start).is_some();
-            if !may_map {
-                fetched.n_pages += self.fill(pages.clone(), room(&mut buffer, pages))?;
-                continue;
-            }
             let runs = runs_by(pages.clone(), |page| self.kind(page));
             for (run, _) in runs.filter(|(_, kind)| *kind == Kind::InImage) {
+                let content = self.checked(&run, view, &mut buffer)?;
                 fetched.n_pages += run.end - run.start;
-                self.check(run, view, &mut buffer, &mut fetched.to_map)?;
+                self.place_or_map(run, content, may_map.then_some(&mut fetched.to_map))?;
             }
         }
         Ok(fetched)
     }
 
-    /// Check missing pages; long runs of zeros are put in place at once, the others are to be mapped.
-    fn check(
+    /// The content of missing pages, checked.
+    fn checked<'a>(
         &self,
-        pages: Range<u64>,
-        view: Option<&FileView>,
-        buffer: &mut Vec<u8>,
-        to_map: &mut Vec<Range<u64>>,
-    ) -> Result<(), FillError> {
+        pages: &Range<u64>,
+        view: Option<&'a FileView>,
+        buffer: &'a mut Vec<u8>,
+    ) -> Result<&'a [u8], FillError> {
         let failed = |source| FillError::Source {
             first: pages.start,
             end: pages.end,
             source,
         };
-        let content = match view {
-            Some(view) => self.source.check(pages.clone(), view).map_err(failed)?,
-            None => {
-                let buffer = room(buffer, &pages);
-                self.source.read(pages.start, buffer).map_err(failed)?;
-                buffer
-            }
-        };
         self.count_pages(pages.end - pages.start);
+        if let Some(view) = view {
+            return self.source.check(pages.clone(), view).map_err(failed);
+        }
+        let len = PAGE_SIZE * usize::try_from(pages.end - pages.start).unwrap_or(0);
+        if buffer.len() < len {
+            buffer.resize(len, 0);
+        }
+        self.source
+            .read(pages.start, &mut buffer[..len])
+            .map_err(failed)?;
+        Ok(&buffer[..len])
+    }
+
+    /// Long runs of zeros are put in place at once, other pages too if they are not to be mapped.
+    fn place_or_map(
+        &self,
+        pages: Range<u64>,
+        content: &[u8],
+        mut to_map: Option<&mut Vec<Range<u64>>>,
+    ) -> Result<(), FillError> {
+        // Looking for zeros in what has none would cost as much as checking it.
+        let shortest = if to_map.is_some() { LONG_ZERO_RUN_PAGES } else { 1 };
+        let zeros = self.may_have_zeros(&pages, shortest)?;
+        let whole = || Run {
+            bytes: content,
+            zero: false,
+        };
         let mut first = pages.start;
-        for run in runs(content) {
+        for run in runs(content).filter(|_| zeros).chain((!zeros).then(whole)) {
             let end = first + (run.bytes.len() / PAGE_SIZE) as u64;
-            if run.zero && end - first >= LONG_ZERO_RUN_PAGES {
-                self.place_zeros(first..end)?;
-                self.filled.set(first..end);
-            } else {
-                push(to_map, first..end);
+            match &mut to_map {
+                Some(to_map) if !run.zero || end - first < LONG_ZERO_RUN_PAGES => push(to_map, first..end),
+                _ => {
+                    self.place(first..end, (!run.zero).then_some(run.bytes))?;
+                    self.filled.set(first..end);
+                }
             }
             first = end;
         }
         Ok(())
+    }
+
+    /// Whether a run of so many of these pages may be zero.
+    fn may_have_zeros(&self, pages: &Range<u64>, shortest: u64) -> Result<bool, FillError> {
+        let mut n_zero = 0;
+        for page in pages.clone() {
+            let zero = self
+                .source
+                .may_be_zero(page)
+                .map_err(|source| FillError::Source {
+                    first: pages.start,
+                    end: pages.end,
+                    source,
+                })?;
+            n_zero = if zero { n_zero + 1 } else { 0 };
+            if n_zero >= shortest {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn map(&self, pages: Range<u64>) -> Result<(), FillError> {
@@ -253,15 +290,6 @@ impl Shared {
             }
         }
     }
-}
-
-/// As much of a buffer as the pages take.
-fn room<'a>(buffer: &'a mut Vec<u8>, pages: &Range<u64>) -> &'a mut [u8] {
-    let len = PAGE_SIZE * usize::try_from(pages.end - pages.start).unwrap_or(0);
-    if buffer.len() < len {
-        buffer.resize(len, 0);
-    }
-    &mut buffer[..len]
 }
 
 /// The work for the first and the second half of the items, at once where there are two processors.

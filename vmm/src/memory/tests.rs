@@ -47,6 +47,9 @@ impl PageSource for Numbered {
         Ok(())
     }
     fn will_need(&self, _: Range<u64>) {}
+    fn may_be_zero(&self, _: u64) -> Result<bool, PageError> {
+        Ok(true)
+    }
     fn view(&self) -> Option<FileView> {
         None
     }
@@ -280,10 +283,7 @@ fn a_mapped_working_set_raises_no_fault_and_is_the_files_until_it_is_written() {
 #[test]
 fn pages_that_will_be_written_are_the_guests_own_before_it_runs() {
     let guest = mappable(128);
-    let extents = [
-        Extent::new(100..104).unwrap(),
-        Extent::new(104..108).unwrap().with_written(true),
-    ];
+    let extents = [extent(100..104), extent(104..108).with_written(true)];
     guest.lazy.prefetch(&extents, Placement::Mapped, true).unwrap();
     assert_eq!(
         guest.ram.own_pages().unwrap(),
