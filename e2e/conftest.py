@@ -1,6 +1,31 @@
 """Fixtures of the end-to-end tests. They need the virtual host (or a bare-metal one) and fail without it."""
+import pathlib
+import subprocess
+
 import pytest
 import torpor
+
+CONFIG = pathlib.Path("/etc/torpor/torpord.toml")
+
+
+def restart_with(text):
+    CONFIG.write_text(text)
+    subprocess.run(["systemctl", "restart", "torpord"], check=True)
+    torpor.wait_for_torpord()
+
+
+@pytest.fixture
+def configured():
+    """Restart torpord with these limits; the configuration as it was comes back at the end."""
+    before = CONFIG.read_text()
+
+    def change(**limits):
+        kept = [line for line in before.splitlines() if line.split(" = ")[0] not in limits]
+        where = kept.index("[limits]") + 1
+        kept[where:where] = [f"{key} = {value}" for key, value in limits.items()]
+        restart_with("\n".join(kept) + "\n")
+    yield change
+    restart_with(before)
 
 
 @pytest.fixture

@@ -1,35 +1,12 @@
 """A host with too little memory for its machines: they take turns, make room for each other, or are told so."""
 import json
-import pathlib
-import subprocess
 import time
 
 import pytest
 import sdk
 import torpor
 
-CONFIG = pathlib.Path("/etc/torpor/torpord.toml")
 IDLE_S = 2
-
-
-def restart_with(text):
-    CONFIG.write_text(text)
-    subprocess.run(["systemctl", "restart", "torpord"], check=True)
-    torpor.wait_for_torpord()
-
-
-@pytest.fixture
-def configured():
-    """Restart torpord with these limits; the configuration as it was comes back at the end."""
-    before = CONFIG.read_text()
-
-    def change(**limits):
-        kept = [line for line in before.splitlines() if line.split(" = ")[0] not in limits]
-        where = kept.index("[limits]") + 1
-        kept[where:where] = [f"{key} = {value}" for key, value in limits.items()]
-        restart_with("\n".join(kept) + "\n")
-    yield change
-    restart_with(before)
 
 
 def test_machines_make_room_for_each_other_and_a_full_host_says_so(configured, counter, machine_factory):

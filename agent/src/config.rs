@@ -161,6 +161,11 @@ pub struct LimitsConfig {
     pub max_parked: u16,
     /// Blank VMMs kept ready for each of the shapes used last; a wake that finds none waits until one is made.
     pub blank_vmms: u8,
+    /// Guest memory, in MiB, of machines that keep their VMM and their memory in RAM while they sleep, besides that of running
+    /// ones: they wake without a restore. 0 for none.
+    pub resident_mem_mib: u64,
+    /// How long a machine that sleeps keeps them, in seconds.
+    pub resident_s: u64,
     /// Largest console log of a machine in KiB.
     pub console_limit_kib: u64,
 }
@@ -230,6 +235,8 @@ impl Default for LimitsConfig {
             max_running: 256,
             max_parked: 256,
             blank_vmms: 2,
+            resident_mem_mib: 0,
+            resident_s: 300,
             console_limit_kib: 1024,
         }
     }
@@ -279,6 +286,7 @@ impl Config {
             ("limits.wake_timeout_s", limits.wake_timeout_s),
             ("limits.max_running", limits.max_running.into()),
             ("limits.max_restoring", limits.max_restoring.map_or(1, u64::from)),
+            ("limits.resident_s", limits.resident_s),
             ("limits.console_limit_kib", limits.console_limit_kib),
         ];
         for (key, value) in positive {
@@ -320,6 +328,8 @@ impl Config {
             max_slots: self.limits.max_running,
             max_parked: self.limits.max_parked,
             blank_vmms: self.limits.blank_vmms,
+            resident_mem_mib: self.limits.resident_mem_mib,
+            resident_for: Duration::from_secs(self.limits.resident_s),
         }
     }
 

@@ -167,7 +167,20 @@ impl VmmClient {
     /// # Errors
     /// See [`VmmClientError`].
     pub async fn run(&self) -> Result<RunReport, VmmClientError> {
-        match self.0.request(Request::Run, &[]).await? {
+        self.ran(Request::Run).await
+    }
+
+    /// Run a durable machine on from its freeze, however long ago that was.
+    ///
+    /// # Errors
+    /// See [`VmmClientError`].
+    pub async fn resume(&self) -> Result<RunReport, VmmClientError> {
+        self.ran(Request::Resume).await
+    }
+
+    async fn ran(&self, request: Request) -> Result<RunReport, VmmClientError> {
+        let method = method_name(&request);
+        match self.0.request(request, &[]).await? {
             Reply::Ran {
                 persist_cancelled,
                 run_us,
@@ -175,7 +188,7 @@ impl VmmClient {
                 persist_cancelled,
                 run_us,
             }),
-            other => Err(unexpected("run", &other)),
+            other => Err(unexpected(method, &other)),
         }
     }
 
@@ -254,6 +267,7 @@ fn method_name(request: &Request) -> &'static str {
         Request::Persist { .. } => "persist",
         Request::PreCopy => "pre_copy",
         Request::Run => "run",
+        Request::Resume => "resume",
         Request::FirstByte => "first_byte",
         Request::Dump => "dump",
         Request::Status => "status",

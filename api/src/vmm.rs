@@ -106,6 +106,9 @@ pub enum Request {
     PreCopy,
     /// Run a frozen, persisting or durable machine again; ends a persist under way.
     Run,
+    /// Run a durable machine whose pause was completed, as a restore would: the guest's clocks go on where they stood at the
+    /// freeze.
+    Resume,
     /// The first response byte left: the working set is complete.
     FirstByte,
     /// Write all of guest memory, frozen, to `Dump`, byte for byte.

@@ -281,6 +281,10 @@ impl Control {
                     run_us,
                 })
             }
+            Request::Resume => Ok(Reply::Ran {
+                persist_cancelled: false,
+                run_us: self.live("resume")?.resume()?,
+            }),
             Request::FirstByte => {
                 self.live("mark the first byte of")?.first_byte();
                 Ok(Reply::Done)

@@ -17,6 +17,7 @@ use super::live::{Holdings, VmmExecution, put_manifest};
 use super::parking::Parking;
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
+use super::resident::Residents;
 use crate::images::Images;
 use crate::machine::hypervisor::Adopted;
 use crate::net::SlotPool;
@@ -111,12 +112,14 @@ impl Found {
         slots: &SlotPool,
         images: &Images,
         claims: &Claims,
-        parking: &Arc<Parking>,
+        (parking, residents): (&Arc<Parking>, &Arc<Residents>),
     ) -> Vec<Adopted> {
         let mut adopted = Vec::new();
         for survivor in self.0 {
             match claims.try_take(&survivor.record.machine_id) {
-                Some(claim) => adopted.push(take_over(survivor, slots, images, claim, parking).await),
+                Some(claim) => {
+                    adopted.push(take_over(survivor, slots, images, claim, (parking, residents)).await)
+                }
                 None => end_twin(survivor, slots).await,
             }
         }
@@ -139,7 +142,7 @@ async fn take_over(
     slots: &SlotPool,
     images: &Images,
     claim: Claim,
-    parking: &Arc<Parking>,
+    (parking, residents): (&Arc<Parking>, &Arc<Residents>),
 ) -> Adopted {
     let Survivor {
         dir,
@@ -184,6 +187,7 @@ async fn take_over(
         files,
         slot: slot.ok(),
         parking: Arc::clone(parking),
+        residents: Arc::clone(residents),
         claim,
     });
     Adopted {

@@ -19,7 +19,8 @@ use torpor_api::{ErrorCode, ExecutionId};
 use super::claim::Claim;
 use super::parking::Parking;
 use super::process::Process;
-use super::record::{MachineRecord, RunDir};
+use super::record::{MachineRecord, Record, RunDir, RunDirError};
+use super::resident::Residents;
 use super::{blocking, images_error};
 use crate::guest_client::GuestClient;
 use crate::images::manifest::{FORMAT, Manifest};
@@ -53,19 +54,22 @@ pub(super) struct Holdings {
     /// Absent if it was lost while torpord was away.
     pub(super) slot: Option<Arc<SlotLease>>,
     pub(super) parking: Arc<Parking>,
+    pub(super) residents: Arc<Residents>,
     pub(super) claim: Claim,
 }
 
 /// A VMM that runs a machine.
 pub(super) struct VmmExecution {
+    /// As it was started; later executions in the same VMM have other IDs.
     record: MachineRecord,
-    dir: RunDir,
+    /// Under the name of the current execution.
+    dir: Mutex<RunDir>,
     process: Process,
     client: VmmClient,
-    guest: GuestClient,
     files: MachineFiles,
     slot: Mutex<Option<Arc<SlotLease>>>,
     parking: Arc<Parking>,
+    residents: Arc<Residents>,
     /// Given back when the process has ended.
     claim: Mutex<Option<Claim>>,
     exited: watch::Sender<Option<ExitReason>>,
@@ -80,14 +84,14 @@ impl VmmExecution {
     /// Make an execution of them, and follow its VMM until it is gone.
     pub(super) fn start(holdings: Holdings) -> Arc<Self> {
         let execution = Arc::new(Self {
-            guest: GuestClient::new(&holdings.dir.vsock_socket()),
             record: holdings.record,
-            dir: holdings.dir,
+            dir: Mutex::new(holdings.dir),
             process: holdings.process,
             client: holdings.client,
             files: holdings.files,
             slot: Mutex::new(holdings.slot),
             parking: holdings.parking,
+            residents: holdings.residents,
             claim: Mutex::new(Some(holdings.claim)),
             exited: watch::Sender::new(None),
             attempt: watch::Sender::default(),
@@ -130,8 +134,30 @@ impl VmmExecution {
         &self.client
     }
 
-    pub(super) fn guest(&self) -> &GuestClient {
-        &self.guest
+    pub(super) fn record(&self) -> &MachineRecord {
+        &self.record
+    }
+
+    fn dir(&self) -> RunDir {
+        self.dir.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// From here on this is another execution of the machine: a restarted torpord finds it under that name.
+    pub(super) fn rename(&self, execution: &ExecutionId) -> Result<(), RunDirError> {
+        let record = MachineRecord {
+            execution_id: execution.clone(),
+            ..self.record.clone()
+        };
+        let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
+        dir.claim(execution)?;
+        dir.write_record(&Record::new(self.process.id(), Some(record)))
+    }
+
+    /// Whether the VMM is alive and stands where this generation of its image was made.
+    pub(super) fn is_durable_as(&self, generation: u64) -> bool {
+        let attempt = self.attempt.borrow();
+        let is_durable = attempt.generation == generation && matches!(attempt.outcome, Some(Ok(_)));
+        is_durable && self.exited.borrow().is_none()
     }
 
     fn persist_ended(&self, outcome: Result<PersistStats, VmmError>) {
@@ -153,7 +179,7 @@ impl VmmExecution {
         let reason = reason.unwrap_or_else(|| ExitReason::Failed {
             message: format!(
                 "VMM ended without a word (its log ends: {:?})",
-                self.dir.log_tail()
+                self.dir().log_tail()
             ),
         });
         tracing::info!(execution_id = %self.record.execution_id, machine_id = %self.record.machine_id, ?reason,
@@ -265,7 +291,7 @@ impl VmmExecution {
     }
 
     async fn remove_dir(&self) {
-        let dir = self.dir.clone();
+        let dir = self.dir();
         if let Err(error) = tokio::task::spawn_blocking(move || dir.remove()).await {
             tracing::warn!(%error, "run directory not removed");
         }
@@ -333,7 +359,7 @@ impl Execution for VmmExecution {
 
     async fn freeze(&self) -> Result<FreezeTrace, HypervisorError> {
         let begun = Instant::now();
-        if let Err(error) = self.guest.quiesce(QUIESCE_LIMIT).await {
+        if let Err(error) = self.guest().quiesce(QUIESCE_LIMIT).await {
             let error = super::chain(&error);
             tracing::warn!(execution_id = %self.record.execution_id, error, "freezing without a flush in the guest");
         }
@@ -410,6 +436,11 @@ impl Execution for VmmExecution {
         true
     }
 
+    fn stay(self: Arc<Self>) -> bool {
+        let residents = Arc::clone(&self.residents);
+        residents.keep(self)
+    }
+
     fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
         self.exited.subscribe()
     }
@@ -430,7 +461,7 @@ impl Execution for VmmExecution {
     }
 
     fn guest(&self) -> GuestClient {
-        self.guest.clone()
+        GuestClient::new(&self.dir().vsock_socket())
     }
 
     async fn first_byte(&self) {

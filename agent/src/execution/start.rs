@@ -131,6 +131,10 @@ impl Platform {
         generation: u64,
         first_port: Option<u16>,
     ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError> {
+        let resumed = self.resume_resident(machine, execution, generation, first_port);
+        if let Some(resumed) = resumed.await {
+            return Ok(resumed);
+        }
         let begun = Instant::now();
         let files = self.images.machine(&machine.id);
         let prepare = async {
@@ -167,12 +171,13 @@ impl Platform {
             let trace = live.get().client().restore(request, &fds).await?;
             Ok((trace, micros(begun)))
         };
-        let outcome = wake::finish(restored, live.get().guest()).await;
+        let outcome = wake::finish(restored, &live.get().guest()).await;
         let ((vmm, restored_us), resync) = outcome.map_err(|error| wake::error(machine, error))?;
         let stages = WakeStages {
             vmm_ready_us,
             restored_us,
             resynced_us: micros(begun),
+            is_resident: false,
             vmm,
         };
         Ok((live.confirm((resync, open, image)), stages))
@@ -210,6 +215,7 @@ impl Platform {
     }
 
     async fn take(&self, machine: &MachineSpec) -> Result<Taken, HypervisorError> {
+        self.residents.end(&machine.id).await;
         let claim = self.claims.take(&machine.id).await;
         let held = self.slots.hold_refill();
         let slot = async {
@@ -218,7 +224,9 @@ impl Platform {
                 return Ok(parked);
             }
             let acquired = match self.slots.acquire().await {
-                Err(NetError::Exhausted { .. }) if self.parking.release_oldest() => {
+                Err(NetError::Exhausted { .. })
+                    if self.residents.end_oldest().await || self.parking.release_oldest() =>
+                {
                     self.slots.acquire().await
                 }
                 acquired => acquired,
@@ -281,6 +289,7 @@ impl Platform {
             files,
             slot: Some(slot),
             parking: Arc::clone(&self.parking),
+            residents: Arc::clone(&self.residents),
             claim,
         });
         let live = Live {
@@ -317,14 +326,14 @@ impl Live {
     }
 }
 
-fn shape_of(machine: &MachineSpec) -> Shape {
+pub(super) fn shape_of(machine: &MachineSpec) -> Shape {
     Shape {
         vcpus: machine.vcpus,
         mem_mib: machine.mem_mib,
     }
 }
 
-fn micros(since: Instant) -> u64 {
+pub(super) fn micros(since: Instant) -> u64 {
     u64::try_from(since.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
@@ -387,12 +396,13 @@ async fn await_guest(live: &VmmExecution, deadline: tokio::time::Instant) -> Res
             Err(_) => None,
         }
     };
+    let guest = live.guest();
     tokio::select! {
         reason = ended => {
             let how = reason.as_ref().map_or("VMM is gone".to_owned(), describe_exit);
             Err(HypervisorError::new(ErrorCode::BootFailed, format!("guest ended while it booted: {how}")))
         }
-        ready = live.guest().wait_ready(deadline) => match ready {
+        ready = guest.wait_ready(deadline) => match ready {
             Ok(_) => Ok(()),
             Err(error) => {
                 let message = "guest agent did not answer within the boot timeout";

@@ -111,6 +111,8 @@ pub struct WakeStages {
     pub restored_us: u64,
     /// From the call to the guest agent's acknowledgement of clock and entropy, in microseconds.
     pub resynced_us: u64,
+    /// The VMM of the execution before was still there: nothing had to be restored.
+    pub is_resident: bool,
     /// What the VMM tells of the restore.
     pub vmm: RestoreTrace,
 }
@@ -312,6 +314,12 @@ pub trait Execution: Send + Sync + 'static {
         false
     }
 
+    /// Leave the VMM of a machine that was paused as it is, for the machine's next restore. Answers whether that is done; if
+    /// not, it has to be ended.
+    fn stay(self: Arc<Self>) -> bool {
+        false
+    }
+
     /// Becomes `Some` when the guest ended or the VMM is gone.
     fn exited(&self) -> watch::Receiver<Option<ExitReason>>;
 
@@ -358,4 +366,8 @@ pub struct PlatformConfig {
     pub max_parked: u16,
     /// Blank VMMs kept ready for each shape in recent use.
     pub blank_vmms: u8,
+    /// Guest memory of all machines that keep their VMM while they sleep, in MiB.
+    pub resident_mem_mib: u64,
+    /// How long they keep it.
+    pub resident_for: std::time::Duration,
 }

@@ -244,6 +244,7 @@ impl Hypervisor for SimulatedHypervisor {
             vmm_ready_us: 100,
             restored_us: 900,
             resynced_us: 1200,
+            is_resident: false,
             vmm: RestoreTrace {
                 state_loaded_us: 300,
                 memory_ready_us: 600,

@@ -36,6 +36,8 @@ impl Host {
             console_limit_bytes: 1 << 20,
             max_parked: 4,
             blank_vmms: 1,
+            resident_mem_mib: 0,
+            resident_for: Duration::from_secs(300),
             max_slots: self.max_slots,
         };
         let net = NetConfig {

@@ -289,7 +289,8 @@ async fn a_resync_brings_the_wall_clock_of_its_sending_and_fresh_entropy() {
             ))
             .unwrap();
     });
-    assert_eq!(client.resync().await.unwrap().step_ns, 5);
+    let mut channel = client.knock().await.unwrap();
+    assert_eq!(client.resync(&mut channel).await.unwrap().step_ns, 5);
 }
 
 #[tokio::test]

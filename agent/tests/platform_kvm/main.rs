@@ -66,6 +66,8 @@ while True:
             console_limit_bytes: 1 << 20,
             max_parked: 4,
             blank_vmms: 1,
+            resident_mem_mib: 0,
+            resident_for: Duration::from_secs(300),
             max_slots: 8,
         };
         let net = NetConfig {

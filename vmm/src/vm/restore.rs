@@ -190,7 +190,7 @@ fn everything(file: &ImageFile) -> Vec<Extent> {
 /// Bytes that were added to the end of the state since there are images.
 const ADDED_BYTES: usize = 1;
 
-fn decode(mut vmstate: Vec<u8>, n_vcpus: usize) -> Result<MachineState, VmError> {
+pub(super) fn decode(mut vmstate: Vec<u8>, n_vcpus: usize) -> Result<MachineState, VmError> {
     // What an older image lacks reads as zero; what is left over is ignored.
     vmstate.resize(vmstate.len() + ADDED_BYTES, 0);
     let state: MachineState = postcard::from_bytes(&vmstate).map_err(VmError::DecodeState)?;

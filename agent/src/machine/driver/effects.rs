@@ -211,7 +211,10 @@ impl Driver {
 async fn evict(shared: &Shared, id: &torpor_api::MachineId, epoch: &Epoch) {
     epoch.over.cancel();
     let Some(lines) = shared.lines.of(id) else {
-        return epoch.execution.quit().await;
+        if !Arc::clone(&epoch.execution).stay() {
+            epoch.execution.quit().await;
+        }
+        return;
     };
     if !epoch.execution.quit_parked(lines.over().clone()).await {
         shared.lines.lose(id);

@@ -1,0 +1,241 @@
+//! Machines that sleep with their VMM: frozen, their image durable, and their memory still in RAM.
+//!
+//! Such a machine is paused like any other: nothing of it runs, its image is what a restart of torpord or of the host finds,
+//! and its next wake is a new execution. Only, that wake needs no restore. The price is RAM, so the operator says how much
+//! (`limits.resident_mem_mib`, none by default) and for how long (`limits.resident_s`); past either the VMM that was used
+//! longest ago ends. Whatever else is done with the machine's files ends its VMM first.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use torpor_api::vmm::{ExitReason, PersistStats, RestoreTrace};
+use torpor_api::{ErrorCode, ExecutionId, MachineId};
+
+use super::live::VmmExecution;
+use super::start::{micros, shape_of};
+use super::{Platform, wake};
+use crate::guest_client::GuestClient;
+use crate::machine::hypervisor::{
+    ConnectError, Execution, FreezeTrace, HypervisorError, MachineSpec, Ran, VmmStatus, WakeStages,
+};
+use crate::machine::usage::RunUsage;
+
+/// How long what the wake needed stays open: see [`wake::finish`].
+const ANSWER_QUIET: Duration = Duration::from_secs(1);
+
+/// All resident machines of this host.
+pub(super) struct Residents {
+    most_mib: u64,
+    longest: Duration,
+    /// Paused longest ago first.
+    machines: Mutex<Vec<Arc<VmmExecution>>>,
+}
+
+impl Residents {
+    pub(super) fn new(most_mib: u64, longest: Duration) -> Arc<Self> {
+        Arc::new(Self {
+            most_mib,
+            longest,
+            machines: Mutex::default(),
+        })
+    }
+
+    /// Keep a machine that was paused just now; answers whether there is room for it, which others may have to give up.
+    pub(super) fn keep(self: &Arc<Self>, execution: Arc<VmmExecution>) -> bool {
+        if u64::from(execution.record().shape.mem_mib) > self.most_mib {
+            return false;
+        }
+        let too_many = {
+            let mut machines = self.machines();
+            machines.push(Arc::clone(&execution));
+            let sizes = machines.iter().rev().scan(0, |sum, one| {
+                *sum += u64::from(one.record().shape.mem_mib);
+                Some(*sum)
+            });
+            let n_kept = sizes.take_while(|sum| *sum <= self.most_mib).count();
+            let n_over = machines.len() - n_kept;
+            machines.drain(..n_over).collect::<Vec<_>>()
+        };
+        for one in too_many {
+            tokio::spawn(async move { one.quit().await });
+        }
+        let residents = Arc::clone(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(residents.longest).await;
+            if residents.remove(|one| Arc::ptr_eq(one, &execution)).is_some() {
+                execution.quit().await;
+            }
+        });
+        true
+    }
+
+    fn take(&self, machine: &MachineId) -> Option<Arc<VmmExecution>> {
+        self.remove(|one| one.record().machine_id == *machine)
+    }
+
+    /// End the machine's VMM, if it has one here; answers when its files are closed.
+    pub(super) async fn end(&self, machine: &MachineId) {
+        if let Some(execution) = self.take(machine) {
+            execution.quit().await;
+        }
+    }
+
+    /// End the VMM that was kept first; answers whether there was one.
+    pub(super) async fn end_oldest(&self) -> bool {
+        let oldest = self.remove(|_| true);
+        if let Some(execution) = &oldest {
+            execution.quit().await;
+        }
+        oldest.is_some()
+    }
+
+    fn remove(&self, is_it: impl Fn(&Arc<VmmExecution>) -> bool) -> Option<Arc<VmmExecution>> {
+        let mut machines = self.machines();
+        let place = machines.iter().position(is_it)?;
+        Some(machines.remove(place))
+    }
+
+    fn machines(&self) -> MutexGuard<'_, Vec<Arc<VmmExecution>>> {
+        self.machines.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Platform {
+    /// Wake a machine whose VMM is still there. `None` if it is not, or not as the caller wants it, or if it fails: then the
+    /// image is what to wake it from, unless the guest has used its disk by then, which the restore finds out.
+    pub(super) async fn resume_resident(
+        &self,
+        machine: &MachineSpec,
+        id: &ExecutionId,
+        generation: u64,
+        first_port: Option<u16>,
+    ) -> Option<(Arc<dyn Execution>, WakeStages)> {
+        let vmm = self.residents.take(&machine.id)?;
+        let record = vmm.record();
+        let fits = record.shape == shape_of(machine)
+            && record.template_digest == machine.template_digest
+            && vmm.is_durable_as(generation);
+        if !fits {
+            vmm.quit().await;
+            return None;
+        }
+        match resume(&vmm, id, first_port).await {
+            Ok(stages) => Some((Arc::new(Resumed { id: id.clone(), vmm }), stages)),
+            Err(error) => {
+                tracing::warn!(machine_id = %machine.id, error = super::chain(&error), "resident VMM given up");
+                vmm.quit().await;
+                None
+            }
+        }
+    }
+}
+
+async fn resume(
+    vmm: &VmmExecution,
+    id: &ExecutionId,
+    first_port: Option<u16>,
+) -> Result<WakeStages, HypervisorError> {
+    let failed = |what: &str| HypervisorError::new(ErrorCode::ResumeFailed, what);
+    let begun = Instant::now();
+    let named = vmm.rename(id);
+    named.map_err(|error| failed("cannot record the execution").because(error))?;
+    if let Some(port) = first_port {
+        vmm.connect_early(port);
+    }
+    let vmm_ready_us = micros(begun);
+    let resumed = async {
+        let ran = vmm.client().resume().await?;
+        let trace = RestoreTrace {
+            running_us: ran.run_us,
+            ..RestoreTrace::default()
+        };
+        Ok((trace, micros(begun)))
+    };
+    let finished = wake::finish(resumed, &vmm.guest()).await;
+    let ((trace, restored_us), resync) = finished.map_err(|failure| match failure {
+        wake::RestoreFailure::Vmm(error) => failed("VMM cannot resume").because(error),
+        wake::RestoreFailure::Guest(error) => {
+            failed("guest did not acknowledge clock and entropy").because(error)
+        }
+    })?;
+    tokio::spawn(async move {
+        tokio::time::sleep(ANSWER_QUIET).await;
+        drop(resync);
+    });
+    Ok(WakeStages {
+        vmm_ready_us,
+        restored_us,
+        resynced_us: micros(begun),
+        is_resident: true,
+        vmm: trace,
+    })
+}
+
+/// Another execution of a machine in the VMM of the one before.
+struct Resumed {
+    id: ExecutionId,
+    vmm: Arc<VmmExecution>,
+}
+
+#[async_trait]
+impl Execution for Resumed {
+    fn id(&self) -> &ExecutionId {
+        &self.id
+    }
+
+    async fn freeze(&self) -> Result<FreezeTrace, HypervisorError> {
+        self.vmm.freeze().await
+    }
+
+    async fn pre_copy(&self) -> Result<(), HypervisorError> {
+        self.vmm.pre_copy().await
+    }
+
+    async fn persist(&self, generation: u64) -> Result<PersistStats, HypervisorError> {
+        self.vmm.persist(generation).await
+    }
+
+    async fn run(&self) -> Result<Ran, HypervisorError> {
+        self.vmm.run().await
+    }
+
+    async fn quit(&self) {
+        self.vmm.quit().await;
+    }
+
+    async fn quit_parked(&self, lost: CancellationToken) -> bool {
+        self.vmm.quit_parked(lost).await
+    }
+
+    fn stay(self: Arc<Self>) -> bool {
+        Arc::clone(&self.vmm).stay()
+    }
+
+    fn exited(&self) -> watch::Receiver<Option<ExitReason>> {
+        self.vmm.exited()
+    }
+
+    async fn connect(&self, port: u16) -> Result<TcpStream, ConnectError> {
+        self.vmm.connect(port).await
+    }
+
+    fn guest(&self) -> GuestClient {
+        self.vmm.guest()
+    }
+
+    async fn first_byte(&self) {
+        self.vmm.first_byte().await;
+    }
+
+    async fn usage(&self) -> RunUsage {
+        self.vmm.usage().await
+    }
+
+    async fn status(&self) -> Result<VmmStatus, HypervisorError> {
+        self.vmm.status().await
+    }
+}
