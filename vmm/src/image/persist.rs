@@ -31,8 +31,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 use torpor_api::vmm::PersistStats;
 
-/// Pages handled between two looks at the cancel flag.
-pub(super) const CHUNK_PAGES: u64 = 256;
+/// Pages handled between two looks at the cancel flag: somebody waits for the processor when it is set.
+pub(super) const CHUNK_PAGES: u64 = 64;
 
 /// Why there is no new image.
 #[derive(Debug, thiserror::Error)]

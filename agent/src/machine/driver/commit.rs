@@ -21,7 +21,8 @@ impl Driver {
         let Some(epoch) = self.epoch.clone() else {
             return;
         };
-        if event == Some(Event::Restored) && self.wake.first_port().is_some() && !self.waiters.need_commit() {
+        let is_woken = matches!(event, Some(Event::Restored | Event::Ran));
+        if is_woken && self.wake.first_port().is_some() && !self.waiters.need_commit() {
             let _ = tokio::time::timeout(FIRST_ANSWER, epoch.answered()).await;
         }
         let execution = epoch.execution.id().clone();
