@@ -46,14 +46,18 @@ def _listens(path):
 
 
 class FirecrackerSide:
-    """One guest, paused to a snapshot and loaded again: by a fresh process, or one started before."""
+    """One guest, paused to a snapshot and loaded again.
 
-    def __init__(self, guest, binary, prestarted):
-        self.guest, self.binary, self.prestarted = guest, binary, prestarted
-        self.name = "firecracker-prestarted" if prestarted else "firecracker-fresh"
-        self.cycle, self.process, self.spare = 0, None, None
+    `how` is "fresh" (a new process loads the memory file), "prestarted" (one that was started before does), "full" (a new
+    process, and every snapshot is a full one), "paused" (the process stays, and goes on), or the path of a handler that serves page faults over userfaultfd to a new
+    process: Firecracker's examples `uffd_on_demand_handler` and `uffd_fault_all_handler`."""
+
+    def __init__(self, guest, binary, how):
+        self.guest, self.binary, self.how = guest, binary, how
+        self.name = "firecracker-" + pathlib.Path(how).name.removesuffix("_handler").replace("_", "-")
+        self.cycle, self.process, self.spare, self.handler, self.stays = 0, None, None, None, False
         self.directory = pathlib.Path(tempfile.mkdtemp(prefix="fc-bench-", dir="/var/tmp"))
-        self.namespace = f"fcb{os.getpid() % 10000}{int(prestarted)}"
+        self.namespace = self.directory.name.replace("fc-bench-", "fcb-")
         sh(f"ip netns add {self.namespace}")
         sh(f"ip -n {self.namespace} tuntap add tap0 mode tap && ip -n {self.namespace} addr add {TAP_CIDR} dev tap0 && "
            f"ip -n {self.namespace} link set tap0 address {TAP_MAC} up && ip -n {self.namespace} neigh replace {GUEST_ADDRESS} "
@@ -125,10 +129,12 @@ class FirecrackerSide:
         made = self._socket()
         return first_byte((GUEST_ADDRESS, self.guest.port), self.guest, time.monotonic, in_namespace=lambda: made)[0]
 
-    def pause(self):
-        """Pause and write a snapshot: full the first time, then diffs merged into it as its users do."""
-        kind = "Diff" if self.cycle else "Full"
-        memory = self.directory / ("diff.mem" if self.cycle else "full.mem")
+    def pause(self, stays=False):
+        """Pause and write a snapshot: full the first time, then diffs merged into it as its users do. The process ends
+        unless it `stays`."""
+        self.stays = stays
+        kind = "Diff" if self.cycle and self.how != "full" else "Full"
+        memory = self.directory / ("diff.mem" if kind == "Diff" else "full.mem")
         memory.unlink(missing_ok=True)
         start = time.monotonic()
         api(self.socket_path, "PATCH", "/vm", {"state": "Paused"})
@@ -136,10 +142,11 @@ class FirecrackerSide:
                                                           "snapshot_path": str(self.directory / "state")})
         elapsed = (time.monotonic() - start) * 1e3
         written = memory.stat().st_blocks * 512
-        self._end(self.process)
-        if self.cycle:
+        if not stays:
+            self._end(self.process)
+        if kind == "Diff":
             self._merge(memory)
-        if self.prestarted:
+        if self.how == "prestarted" and not stays:
             self.spare = self._spawn()
         return {"kind": "pause", "system": self.name, "snapshot": kind, "cycle": self.cycle, "pause_ms": elapsed,
                 "freeze_ms": elapsed, "written_bytes": written}
@@ -160,8 +167,11 @@ class FirecrackerSide:
                 offset = hole
 
     def _end(self, process):
-        process.kill()
-        process.wait()
+        for ended in (process, self.handler):
+            if ended:
+                ended.kill()
+                ended.wait()
+        self.handler = None
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.directory / "v.sock")
 
@@ -173,15 +183,29 @@ class FirecrackerSide:
         self.cycle += 1
         client = self._socket()
         start = time.monotonic()
-        self.process, self.socket_path = self.spare if self.prestarted else self._spawn()
-        api(self.socket_path, "PUT", "/snapshot/load", {
-            "snapshot_path": str(self.directory / "state"), "track_dirty_pages": True, "resume_vm": True,
-            "mem_backend": {"backend_type": "File", "backend_path": str(self.directory / "full.mem")}})
+        if self.stays:
+            api(self.socket_path, "PATCH", "/vm", {"state": "Resumed"})
+        else:
+            self._load()
         loaded = time.monotonic() - start
         elapsed = loaded + first_byte((GUEST_ADDRESS, self.guest.port), self.guest, time.monotonic,
                                       in_namespace=lambda: client)[0]
         return {"kind": "wake", "system": self.name, "cycle": self.cycle, "wake_ms": elapsed * 1e3,
                 "stages_ms": {"load": loaded * 1e3}}
+
+    def _load(self):
+        backend = {"backend_type": "File", "backend_path": str(self.directory / "full.mem")}
+        if "/" in self.how:
+            faults = self.directory / f"uffd-{time.monotonic_ns()}.sock"
+            self.handler = subprocess.Popen([self.how, faults, self.directory / "full.mem"], stdin=subprocess.DEVNULL,
+                                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while not faults.exists():
+                time.sleep(0.0005)
+            backend = {"backend_type": "Uffd", "backend_path": str(faults)}
+        self.process, self.socket_path = self.spare if self.how == "prestarted" else self._spawn()
+        api(self.socket_path, "PUT", "/snapshot/load", {
+            "snapshot_path": str(self.directory / "state"), "track_dirty_pages": True, "resume_vm": True,
+            "mem_backend": backend})
 
     def wake_counted(self):
         return self.wake()

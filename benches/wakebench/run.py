@@ -45,16 +45,21 @@ def measure(options):
     try:
         recorder.say(f"starting the {options.guest} guest under Torpor")
         sides.append(TorporSide(guest))
-        for prestarted in (False, True) if options.firecracker else ():
-            recorder.say(f"starting the same guest under Firecracker ({'pre-started' if prestarted else 'fresh'})")
-            sides.append(FirecrackerSide(guest, os.path.abspath(options.firecracker), prestarted))
-        for cache in ("hot", "cold") if options.cache == "both" else (options.cache,):
+        handlers = [os.path.abspath(handler) for handler in options.firecracker_uffd]
+        ways = ("paused",) if options.cache == "resident" else ("fresh", "prestarted", "full", *handlers)
+        for how in ways if options.firecracker else ():
+            recorder.say(f"starting the same guest under Firecracker ({how})")
+            sides.append(FirecrackerSide(guest, os.path.abspath(options.firecracker), how))
+        # From here on whoever does not have its turn is asleep, so that no guest measures the others' idling.
+        caches = ("hot", "cold") if options.cache == "both" else (options.cache,)
+        for side in sides:
+            put_to_sleep(recorder, side, caches[0])
+        for cache in caches:
             for number in range(options.rounds):
                 for side in sides:
                     one_cycle(recorder, side, cache, options.warm, options.asleep)
                 recorder.say(f"{cache} round {number + 1} of {options.rounds}")
         if counters.SystemCalls.is_possible():
-            sides[0].pause()
             recorder.add(sides[0].wake_counted(count_calls=True))
         else:
             recorder.say("this kernel does not trace system calls: none counted")
@@ -77,15 +82,24 @@ def warm_median_ms(side, count):
     return statistics.median(side.request() for _ in range(count)) * 1e3
 
 
+def put_to_sleep(recorder, side, cache):
+    recorder.add({**side.pause(stays=cache == "resident"), "cache": cache})
+
+
 def one_cycle(recorder, side, cache, warm_requests, asleep_s=0):
-    warm = warm_median_ms(side, warm_requests)
-    recorder.add({**side.pause(), "cache": cache})
+    """Of a machine that sleeps: a wake, warm requests to compare it with, and a pause."""
     if cache == "cold":
         side.evict()
-    # Machines sleep for a while: what the wake before left to be made, and what this pause left to be torn down, is over.
+    # Machines sleep for a while: what the wake before left to be made, and what the pause left to be torn down, is over.
     time.sleep(asleep_s)
     sample = side.wake_counted()
+    was_resident = sample.get("detail", {}).get("stages", {}).get("resident")
+    if was_resident not in (None, cache == "resident"):
+        raise RuntimeError(f"the VMM was {'' if was_resident else 'not '}resident in a {cache} round: "
+                           "see limits.resident_mem_mib in /etc/torpor/torpord.toml")
+    warm = warm_median_ms(side, warm_requests)
     recorder.add({**sample, "cache": cache, "warm_ms": warm, "overhead_ms": sample["wake_ms"] - warm})
+    put_to_sleep(recorder, side, cache)
 
 
 def mid_persist(recorder, side):
@@ -118,8 +132,8 @@ def burst(recorder, guest, count):
         for number in range(count):
             if number:
                 sides.append(TorporSide(guest, snapshot["id"]))
+            put_to_sleep(recorder, sides[-1], "hot")
             one_cycle(recorder, sides[-1], "hot", 1)
-            sides[-1].pause()
         with concurrent.futures.ThreadPoolExecutor(count) as pool:
             start = time.monotonic()
             samples = list(pool.map(lambda side: side.wake(), sides))

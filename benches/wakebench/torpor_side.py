@@ -59,8 +59,8 @@ class TorporSide:
     def request(self):
         return first_byte(self.address, self.guest, time.monotonic)[0]
 
-    def pause(self):
-        """Pause to durable; the sample says what it took and wrote."""
+    def pause(self, stays=False):
+        """Pause to durable; the sample says what it took and wrote. Whether the VMM `stays` is torpord's configuration."""
         start = time.monotonic()
         self.machine.pause()
         elapsed = time.monotonic() - start

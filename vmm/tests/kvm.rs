@@ -334,7 +334,7 @@ mod kvm {
     fn requests_out_of_order_are_refused_and_change_nothing() {
         let bench = Bench::new(1);
         let mut vmm = bench.start();
-        for request in [Request::Freeze, Request::Run, Request::FirstByte] {
+        for request in [Request::Freeze, Request::Run, Request::Resume, Request::FirstByte] {
             assert_eq!(
                 vmm.call(request, Vec::new()).unwrap_err().code,
                 VmmErrorCode::BadRequest

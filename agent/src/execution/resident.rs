@@ -24,9 +24,6 @@ use crate::machine::hypervisor::{
 };
 use crate::machine::usage::RunUsage;
 
-/// How long what the wake needed stays open: see [`wake::finish`].
-const ANSWER_QUIET: Duration = Duration::from_secs(1);
-
 /// All resident machines of this host.
 pub(super) struct Residents {
     most_mib: u64,
@@ -162,10 +159,7 @@ async fn resume(
             failed("guest did not acknowledge clock and entropy").because(error)
         }
     })?;
-    tokio::spawn(async move {
-        tokio::time::sleep(ANSWER_QUIET).await;
-        drop(resync);
-    });
+    wake::drop_after_answer(resync);
     Ok(WakeStages {
         vmm_ready_us,
         restored_us,

@@ -7,7 +7,7 @@
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use torpor_api::vmm::{ExitReason, FdRole, Request, Shape};
 use torpor_api::{ErrorCode, ExecutionId};
@@ -26,9 +26,6 @@ use crate::net::{NetError, RefillHold, SlotLease};
 /// Every kernel command line begins with this.
 const CMDLINE: &str = "console=ttyS0 reboot=k panic=-1 root=/dev/vda rw init=/usr/local/bin/torpor-guest quiet \
                        nowatchdog mitigations=off pci=off";
-
-/// How long the pools rest after a start: what fills them competes with the guest's first answer.
-const REFILL_QUIET: Duration = Duration::from_secs(1);
 
 /// Descriptors of a machine's files that every start passes on.
 struct OpenFiles {
@@ -313,15 +310,10 @@ impl Live {
         &self.execution
     }
 
-    /// The guest has the processors for itself until the first response is likely to be out: the pools fill up after that,
-    /// and what is of no more use ends after that.
+    /// The pools fill up after the first answer, because what fills them competes with it, and what is of no more use ends then.
     fn confirm(mut self, spent: impl Send + 'static) -> Arc<dyn Execution> {
         self.unconfirmed.0 = None;
-        let refills = (self.refills, spent);
-        tokio::spawn(async move {
-            tokio::time::sleep(REFILL_QUIET).await;
-            drop(refills);
-        });
+        wake::drop_after_answer((self.refills, spent));
         self.execution
     }
 }

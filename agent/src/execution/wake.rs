@@ -1,5 +1,7 @@
 //! The last steps of a restore: the VMM's reply and the guest's acknowledgement.
 
+use std::time::Duration;
+
 use torpor_api::ErrorCode;
 use torpor_api::vmm::{RestoreTrace, VmmErrorCode};
 
@@ -27,6 +29,17 @@ pub(super) async fn finish(
     let resynced = guest.resync(&mut channel).await.map_err(RestoreFailure::Guest)?;
     tracing::debug!(step_ns = resynced.step_ns, "guest acknowledged clock and entropy");
     Ok((trace, channel))
+}
+
+/// How long the guest has the processors for itself after a wake: the first response is likely to be out by then.
+const ANSWER_QUIET: Duration = Duration::from_secs(1);
+
+/// Drop what a start needs no more, but not beside the guest's first answer.
+pub(super) fn drop_after_answer(spent: impl Send + 'static) {
+    tokio::spawn(async move {
+        tokio::time::sleep(ANSWER_QUIET).await;
+        drop(spent);
+    });
 }
 
 pub(super) fn error(machine: &MachineSpec, failure: RestoreFailure) -> HypervisorError {

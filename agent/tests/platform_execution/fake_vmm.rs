@@ -181,6 +181,14 @@ fn handle(
             };
             (Outcome::Ok(report), event)
         }
+        Request::Resume if this.state == VmmState::Durable => {
+            this.state = VmmState::Running;
+            let report = Reply::Ran {
+                persist_cancelled: false,
+                run_us: 4,
+            };
+            (Outcome::Ok(report), None)
+        }
         Request::Status => {
             let status = Reply::Status {
                 state: this.state,

@@ -19,6 +19,7 @@ use torpor_api::MachineId;
 pub(crate) struct Host {
     dir: tempfile::TempDir,
     pub(crate) max_slots: u16,
+    pub(crate) resident_mem_mib: u64,
 }
 
 impl Host {
@@ -36,7 +37,7 @@ impl Host {
             console_limit_bytes: 1 << 20,
             max_parked: 4,
             blank_vmms: 1,
-            resident_mem_mib: 0,
+            resident_mem_mib: self.resident_mem_mib,
             resident_for: Duration::from_secs(300),
             max_slots: self.max_slots,
         };
@@ -85,7 +86,11 @@ pub(crate) fn on_a_host(test: impl AsyncFnOnce(&mut Host) + Send + 'static) {
     in_namespaces(move || {
         let dir = tempfile::tempdir().unwrap();
         make_template(&dir.path().join("templates/base"));
-        let mut host = Host { dir, max_slots: 8 };
+        let mut host = Host {
+            dir,
+            max_slots: 8,
+            resident_mem_mib: 0,
+        };
         let runtime = runtime();
         let limit = Duration::from_secs(60);
         runtime

@@ -15,6 +15,7 @@ mod host;
 mod killed;
 #[path = "../shared/own_host.rs"]
 mod own_host;
+mod residents;
 
 use std::collections::BTreeSet;
 use std::fs;
