@@ -15,6 +15,7 @@ sdk.use("nullspace")
 from nullspace import AsyncMachine, Lifecycle, Machine  # noqa: E402
 from nullspace.client import NullspaceClient  # noqa: E402
 from nullspace.errors import AuthError, ConflictError, MachineError  # noqa: E402
+from test_sdk_nullspace import awake  # noqa: E402
 from websockets.exceptions import InvalidStatus  # noqa: E402
 from websockets.sync.client import connect as websocket  # noqa: E402
 
@@ -26,13 +27,6 @@ def machine():
     machine = Machine.create(template="base", timeout=600, on_timeout="pause", auto_resume=True)
     yield machine
     machine.kill()
-
-
-def awake(machine):
-    """The shared machine, whatever the test before left of it."""
-    now = Machine.connect(machine.id)
-    now.set_timeout(600, timeout_action="hibernate")
-    return now
 
 
 def status(machine):

@@ -284,7 +284,11 @@ impl Vm {
             working_set: self.working_set.clone(),
             ..self.no_contents()
         };
-        let persist = self.writer(target, contents)?;
+        let flush_disk = self.read_devices().disk_flush();
+        let persist = Persist {
+            flush_disk: Some(Box::new(flush_disk)),
+            ..self.writer(target, contents)?
+        };
         let (cancel, baseline) = (Arc::clone(&persist.cancel), Arc::clone(&persist.baseline));
         self.pre_copy_cancel.store(true, Ordering::Release);
         let pre_copied = Arc::clone(&self.pre_copied_bytes);
@@ -363,7 +367,7 @@ impl Vm {
             fresh,
             contents,
             cancel: Arc::default(),
-            flush_disk: Box::new(self.read_devices().disk_flush()),
+            flush_disk: None,
             baseline,
         })
     }

@@ -116,8 +116,8 @@ pub struct Persist {
     pub contents: Contents,
     /// Set to end it.
     pub cancel: Arc<AtomicBool>,
-    /// The disk.
-    pub flush_disk: FlushDisk,
+    /// The disk, for a persist.
+    pub flush_disk: Option<FlushDisk>,
 }
 
 /// How a persist sees whether to go on.
@@ -141,7 +141,7 @@ impl Persist {
                 len: self.contents.vmstate.len(),
             });
         }
-        let flush_disk = std::mem::replace(&mut self.flush_disk, Box::new(|| Ok(None)));
+        let flush_disk = self.flush_disk.take();
         let (plan, written_bytes) = self.write(|layout, plan| self.replace(layout, plan, flush_disk))?;
         Ok(PersistStats {
             generation: self.contents.generation,
@@ -222,7 +222,12 @@ impl Persist {
     }
 
     /// Give up the old image and write the new one; how many bytes.
-    fn replace(&self, layout: ImageLayout, plan: &Plan, flush_disk: FlushDisk) -> Result<u64, PersistError> {
+    fn replace(
+        &self,
+        layout: ImageLayout,
+        plan: &Plan,
+        flush_disk: Option<FlushDisk>,
+    ) -> Result<u64, PersistError> {
         let working_set = encode_working_set(&self.contents.working_set);
         let (mut header, mut written_bytes) = self.write_memory(layout, plan, &working_set)?;
         for (bytes, offset, operation) in [
@@ -239,7 +244,8 @@ impl Persist {
             written_bytes += bytes.len() as u64;
         }
         check_cancel(&self.cancel)?;
-        let disk = flush_disk().map_err(failed("flush the disk"))?;
+        let disk = flush_disk.map_or(Ok(None), |flush| flush());
+        let disk = disk.map_err(failed("flush the disk"))?;
         check_cancel(&self.cancel)?;
         if let Some(disk) = disk {
             disk.sync_data().map_err(failed("make the disk durable"))?;

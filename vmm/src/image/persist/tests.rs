@@ -119,7 +119,7 @@ impl Guest {
                 host: host(),
             },
             cancel: Arc::new(AtomicBool::new(cancel)),
-            flush_disk,
+            flush_disk: Some(flush_disk),
         }
     }
 
@@ -238,10 +238,10 @@ fn a_cancelled_persist_leaves_no_valid_image_and_the_next_one_is_right() {
     // The flush is the last step before the image is marked valid: everything else is written by then.
     let mut job = woken.job(&file, 2, Box::new(|| Ok(None)), false);
     let cancel = Arc::clone(&job.cancel);
-    job.flush_disk = Box::new(move || {
+    job.flush_disk = Some(Box::new(move || {
         cancel.store(true, std::sync::atomic::Ordering::Release);
         Ok(None)
-    });
+    }));
     assert!(matches!(job.run(), Err(PersistError::Cancelled)));
     assert!(matches!(
         image::open(file.try_clone().unwrap(), &expected(2)),
@@ -309,10 +309,10 @@ fn a_persist_that_is_cancelled_in_its_flush_does_not_make_the_disk_durable() {
     ));
     let mut job = guest.job(&file, 2, Box::new(|| Ok(None)), false);
     let cancel = Arc::clone(&job.cancel);
-    job.flush_disk = Box::new(move || {
+    job.flush_disk = Some(Box::new(move || {
         cancel.store(true, std::sync::atomic::Ordering::Release);
         Ok(Some(null))
-    });
+    }));
     assert!(matches!(job.run(), Err(PersistError::Cancelled)));
 }
 
@@ -560,10 +560,10 @@ proptest! {
                     generation += 1;
                     let mut job = guest.job(&file, generation, Box::new(|| Ok(None)), false);
                     let cancel = Arc::clone(&job.cancel);
-                    job.flush_disk = Box::new(move || {
+                    job.flush_disk = Some(Box::new(move || {
                         cancel.store(true, std::sync::atomic::Ordering::Release);
                         Ok(None)
-                    });
+                    }));
                     prop_assert!(matches!(job.run(), Err(PersistError::Cancelled)));
                     durable = None;
                 }
