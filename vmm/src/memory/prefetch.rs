@@ -211,23 +211,30 @@ impl Shared {
         content: &[u8],
         mut to_map: Option<&mut Vec<Range<u64>>>,
     ) -> Result<(), FillError> {
-        // Looking for zeros in what has none would cost as much as checking it.
         let shortest = if to_map.is_some() { LONG_ZERO_RUN_PAGES } else { 1 };
-        let zeros = self.may_have_zeros(&pages, shortest)?;
-        let whole = || Run {
-            bytes: content,
-            zero: false,
-        };
-        let mut first = pages.start;
-        for run in runs(content).filter(|_| zeros).chain((!zeros).then(whole)) {
-            let end = first + (run.bytes.len() / PAGE_SIZE) as u64;
-            match &mut to_map {
-                Some(to_map) if !run.zero || end - first < LONG_ZERO_RUN_PAGES => push(to_map, first..end),
-                _ => {
-                    self.place(first..end, (!run.zero).then_some(run.bytes))?;
-                    self.filled.set(first..end);
-                }
+        let mut put = |pages: Range<u64>, run: &Run<'_>| match &mut to_map {
+            Some(to_map) if !run.zero || pages.end - pages.start < LONG_ZERO_RUN_PAGES => {
+                push(to_map, pages);
+                Ok(())
             }
+            _ => {
+                self.place(pages.clone(), (!run.zero).then_some(run.bytes))?;
+                self.filled.set(pages);
+                Ok(())
+            }
+        };
+        // Looking for zeros in what has none would cost as much as checking it.
+        if !self.may_have_zeros(&pages, shortest)? {
+            let all = Run {
+                bytes: content,
+                zero: false,
+            };
+            return put(pages, &all);
+        }
+        let mut first = pages.start;
+        for run in runs(content) {
+            let end = first + (run.bytes.len() / PAGE_SIZE) as u64;
+            put(first..end, &run)?;
             first = end;
         }
         Ok(())
