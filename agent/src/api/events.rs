@@ -52,6 +52,7 @@ async fn read(fleet: &Fleet, machine: Option<MachineId>, page: &Page) -> Result<
             "limit is {limit}, and has to be 1 to {MAX_PAGE}"
         )));
     }
+    fleet.caught_up(machine.as_ref()).await;
     let events = fleet
         .store()
         .events(EventFilter {

@@ -377,7 +377,7 @@ impl Fleet {
         let mut event = self.event(id, "machine.first_byte", "http", detail);
         event.execution = Some(execution.clone());
         // The wake is told of first.
-        let _ = self.committed(id).await;
+        self.caught_up(Some(id)).await;
         if let Err(error) = self.shared.store.append_event(event).await {
             tracing::warn!(machine_id = %id, %error, "first byte not recorded");
         }

@@ -224,6 +224,7 @@ async fn list_of(fleet: &Fleet, machine: Option<MachineId>, wanted: &Wanted) -> 
         Some(_) => return Err(Failure::invalid("order is neither asc nor desc")),
     };
     let window = wanted.window()?;
+    fleet.caught_up(machine.as_ref()).await;
     let events = fleet.store().latest_events(machine, KEPT).await?;
     let mut told: Vec<Info> = events
         .iter()

@@ -6,6 +6,7 @@ use super::super::registry::Handle;
 use super::super::state::Committed;
 use super::{Fleet, status_of};
 use crate::store::{MachineFilter, MachineRow, ServiceRow};
+use futures_util::future::join_all;
 use std::collections::BTreeMap;
 use std::time::Duration;
 use torpor_api::http::{Machine, MachineRetention, MachineStatus, Service, ServiceKind};
@@ -30,13 +31,23 @@ impl MachineQuery {
 }
 
 impl Fleet {
-    /// The machine's driver, if it has one, once the row has followed it, or takes too long to.
-    pub(super) async fn committed(&self, id: &MachineId) -> Option<Handle> {
-        let mut handle = self.shared.registry.find(id)?;
+    /// Wait until rows and events have followed this machine, or all of them, as they are now; not for long.
+    pub async fn caught_up(&self, machine: Option<&MachineId>) {
+        let handles: Vec<Handle> = match machine {
+            Some(id) => self.shared.registry.find(id).into_iter().collect(),
+            None => self
+                .shared
+                .registry
+                .all()
+                .into_iter()
+                .map(|(_, handle)| handle)
+                .collect(),
+        };
         // A driver that has left has committed what it had to.
-        let committed = handle.live.wait_for(|live| !live.committing);
-        let _ = tokio::time::timeout(LONGEST_COMMIT, committed).await;
-        Some(handle)
+        let committed = handles.into_iter().map(|mut handle| async move {
+            let _ = handle.live.wait_for(|live| !live.committing).await;
+        });
+        let _ = tokio::time::timeout(LONGEST_COMMIT, join_all(committed)).await;
     }
 
     /// The machine as it is now.
@@ -44,7 +55,8 @@ impl Fleet {
     /// # Errors
     /// `machine_not_found`, or the store refuses.
     pub async fn view(&self, id: &MachineId) -> Result<Machine, MachineError> {
-        let handle = self.committed(id).await;
+        self.caught_up(Some(id)).await;
+        let handle = self.shared.registry.find(id);
         let row = self
             .shared
             .store
@@ -64,6 +76,7 @@ impl Fleet {
         after: Option<MachineId>,
         limit: u32,
     ) -> Result<Vec<Machine>, MachineError> {
+        self.caught_up(None).await;
         let handles: BTreeMap<MachineId, Handle> = self.shared.registry.all().into_iter().collect();
         let wanted = usize::try_from(limit).unwrap_or(usize::MAX);
         let (mut after, mut machines) = (after, Vec::new());
