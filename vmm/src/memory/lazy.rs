@@ -32,6 +32,10 @@ pub const WINDOW_PAGES: u64 = 16;
 /// The same before: what is filled beside the page that was touched makes later wakes slower.
 pub const RECORDED_WINDOW_PAGES: u64 = 4;
 
+/// The view of the image is taken down when no fault came for so long: it takes as long as checking a thousand pages, and the guest
+/// has better use for the processor until it has answered.
+const VIEW_QUIET_MS: u16 = 1000;
+
 /// A page that can't be given to the guest.
 #[derive(Debug, thiserror::Error)]
 pub enum FillError {
@@ -99,8 +103,8 @@ pub(super) struct Shared {
     pub(super) source: Arc<dyn PageSource>,
     pub(super) filled: PageBitmap,
     recorded: Mutex<Option<Vec<Range<u64>>>>,
-    /// What the working set was checked by.
-    pub(super) view: Mutex<Option<Arc<FileView>>>,
+    /// What the working set was checked by, until nothing has faulted for a while.
+    view: Mutex<Option<Arc<FileView>>>,
     /// Pages that were put in place before anybody touched them, in order.
     pub(super) ahead: OnceLock<Vec<Range<u64>>>,
     counters: FillCounters,
@@ -185,12 +189,21 @@ impl Shared {
     fn serve(&self, stop: &EventFd) -> Result<(), FillError> {
         let mut addresses = Vec::new();
         let mut buffer = vec![0; PAGE_SIZE * usize::try_from(WINDOW_PAGES).unwrap_or(1)];
+        let mut patience = PollTimeout::from(VIEW_QUIET_MS);
         loop {
             addresses.clear();
             self.uffd.read_faults(&mut addresses).map_err(FillError::Events)?;
             if addresses.is_empty() {
-                if wait(&self.uffd, stop).map_err(|e| FillError::Events(e.into()))? {
-                    return Ok(());
+                match wait(&self.uffd, stop, patience).map_err(|e| FillError::Events(e.into()))? {
+                    Awaited::Fault => {}
+                    Awaited::Quiet => {
+                        // Set by the prefetch, at its end.
+                        if self.ahead.get().is_some() {
+                            self.view().take();
+                            patience = PollTimeout::NONE;
+                        }
+                    }
+                    Awaited::Stop => return Ok(()),
                 }
                 continue;
             }
@@ -225,6 +238,10 @@ impl Shared {
             })
     }
 
+    pub(super) fn view(&self) -> MutexGuard<'_, Option<Arc<FileView>>> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn recorded(&self) -> MutexGuard<'_, Option<Vec<Range<u64>>>> {
         self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -243,7 +260,6 @@ impl Shared {
     /// byte stand. Nothing if that was done before.
     pub(super) fn stop_recording(&self) -> Option<Vec<Range<u64>>> {
         let windows = self.recorded().take()?;
-        self.view.lock().unwrap_or_else(PoisonError::into_inner).take();
         let faults = self.counters.faults.load(Ordering::Relaxed);
         self.counters.faults_first_byte.store(faults, Ordering::Relaxed);
         Some(windows)
@@ -376,15 +392,23 @@ pub(super) fn runs(mut rest: &[u8]) -> impl Iterator<Item = Run<'_>> {
     })
 }
 
-/// Wait for a fault; true if it is time to stop.
-fn wait(uffd: &Uffd, stop: &EventFd) -> nix::Result<bool> {
+/// What came first.
+enum Awaited {
+    Fault,
+    Quiet,
+    Stop,
+}
+
+/// Wait for a fault, or for so long that none came.
+fn wait(uffd: &Uffd, stop: &EventFd, patience: PollTimeout) -> nix::Result<Awaited> {
     let mut fds = [
         PollFd::new(uffd.as_fd(), PollFlags::POLLIN),
         PollFd::new(as_fd(stop), PollFlags::POLLIN),
     ];
-    match poll(&mut fds, PollTimeout::NONE) {
-        Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-        Err(error) => return Err(error),
+    match poll(&mut fds, patience) {
+        Ok(0) => Ok(Awaited::Quiet),
+        Ok(_) if fds[1].any().unwrap_or(false) => Ok(Awaited::Stop),
+        Ok(_) | Err(nix::errno::Errno::EINTR) => Ok(Awaited::Fault),
+        Err(error) => Err(error),
     }
-    Ok(fds[1].any().unwrap_or(false))
 }

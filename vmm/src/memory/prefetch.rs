@@ -17,7 +17,7 @@ use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::{bridged, contains, pieces, push, runs_by, union};
 use crate::sys::file_view::FileView;
 use std::ops::Range;
-use std::sync::{Arc, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// Pages read and checked at once.
@@ -86,7 +86,7 @@ impl LazyMemory {
                 shared.source.will_need(range.clone());
             }
         }
-        let view = shared.view(is_in_memory);
+        let view = shared.keep_view(is_in_memory);
         let pieces = ranges.into_iter().flat_map(|range| pieces(range, BATCH_PAGES));
         let batches: Vec<_> = pieces.collect();
         let (mut n_pages, mut to_map) = (0, Vec::new());
@@ -149,11 +149,10 @@ impl Shared {
         n_missing * COLD_FROM_ONE_IN > n_pages
     }
 
-    /// A view of an image that is in memory. It is kept until the first response byte left: taking it down takes as long as
-    /// checking a thousand pages.
-    fn view(&self, is_in_memory: bool) -> Option<Arc<FileView>> {
+    /// A view of an image that is in memory, kept for a while.
+    fn keep_view(&self, is_in_memory: bool) -> Option<Arc<FileView>> {
         let view = Arc::new(self.source.view().filter(|_| is_in_memory)?);
-        *self.view.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&view));
+        *self.view() = Some(Arc::clone(&view));
         Some(view)
     }
 
