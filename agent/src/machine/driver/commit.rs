@@ -21,7 +21,7 @@ impl Driver {
         let Some(epoch) = self.epoch.clone() else {
             return;
         };
-        let is_woken = matches!(event, Some(Event::Restored | Event::Ran));
+        let is_woken = matches!(event, Some(Event::Restored | Event::Ran)) && self.failure.is_none();
         if is_woken && self.wake.first_port().is_some() && !self.waiters.need_commit() {
             let _ = tokio::time::timeout(FIRST_ANSWER, epoch.answered()).await;
         }
