@@ -5,6 +5,7 @@
 //! (`limits.resident_mem_mib`, none by default) and for how long (`limits.resident_s`); past either the VMM that was used
 //! longest ago ends. Whatever else is done with the machine's files ends its VMM first.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -24,12 +25,30 @@ use crate::machine::hypervisor::{
 };
 use crate::machine::usage::RunUsage;
 
+/// A machine that was paused and keeps its VMM.
+struct Kept {
+    /// Of this pause, and no other.
+    number: u64,
+    execution: Arc<VmmExecution>,
+}
+
+impl Kept {
+    fn mem_mib(&self) -> u64 {
+        self.execution.record().shape.mem_mib.into()
+    }
+
+    fn is_of(&self, machine: &MachineId) -> bool {
+        self.execution.record().machine_id == *machine
+    }
+}
+
 /// All resident machines of this host.
 pub(super) struct Residents {
     most_mib: u64,
     longest: Duration,
+    n_pauses: AtomicU64,
     /// Paused longest ago first.
-    machines: Mutex<Vec<Arc<VmmExecution>>>,
+    machines: Mutex<Vec<Kept>>,
 }
 
 impl Residents {
@@ -37,66 +56,67 @@ impl Residents {
         Arc::new(Self {
             most_mib,
             longest,
+            n_pauses: AtomicU64::new(0),
             machines: Mutex::default(),
         })
     }
 
     /// Keep a machine that was paused just now; answers whether there is room for it, which others may have to give up.
     pub(super) fn keep(self: &Arc<Self>, execution: Arc<VmmExecution>) -> bool {
-        if u64::from(execution.record().shape.mem_mib) > self.most_mib {
+        let number = self.n_pauses.fetch_add(1, Ordering::Relaxed);
+        let kept = Kept { number, execution };
+        if kept.mem_mib() > self.most_mib {
             return false;
         }
-        let too_many = {
-            let mut machines = self.machines();
-            machines.push(Arc::clone(&execution));
-            let sizes = machines.iter().rev().scan(0, |sum, one| {
-                *sum += u64::from(one.record().shape.mem_mib);
-                Some(*sum)
-            });
-            let n_kept = sizes.take_while(|sum| *sum <= self.most_mib).count();
-            let n_over = machines.len() - n_kept;
-            machines.drain(..n_over).collect::<Vec<_>>()
-        };
-        for one in too_many {
-            tokio::spawn(async move { one.quit().await });
+        for one in self.add(kept) {
+            tokio::spawn(async move { one.execution.quit().await });
         }
         let residents = Arc::clone(self);
         tokio::spawn(async move {
             tokio::time::sleep(residents.longest).await;
-            if residents.remove(|one| Arc::ptr_eq(one, &execution)).is_some() {
-                execution.quit().await;
-            }
+            residents.end_if(|one| one.number == number).await;
         });
         true
     }
 
-    fn take(&self, machine: &MachineId) -> Option<Arc<VmmExecution>> {
-        self.remove(|one| one.record().machine_id == *machine)
+    /// Add one; those that have to go for it.
+    fn add(&self, kept: Kept) -> Vec<Kept> {
+        let mut machines = self.machines();
+        machines.push(kept);
+        let sums = machines.iter().rev().scan(0, |sum, one| {
+            *sum += one.mem_mib();
+            Some(*sum)
+        });
+        let n_fitting = sums.take_while(|sum| *sum <= self.most_mib).count();
+        let n_over = machines.len() - n_fitting;
+        machines.drain(..n_over).collect()
+    }
+
+    fn take(&self, is_it: impl Fn(&Kept) -> bool) -> Option<Arc<VmmExecution>> {
+        let mut machines = self.machines();
+        let place = machines.iter().position(is_it)?;
+        Some(machines.remove(place).execution)
+    }
+
+    async fn end_if(&self, is_it: impl Fn(&Kept) -> bool) -> bool {
+        let execution = self.take(is_it);
+        if let Some(execution) = &execution {
+            execution.quit().await;
+        }
+        execution.is_some()
     }
 
     /// End the machine's VMM, if it has one here; answers when its files are closed.
     pub(super) async fn end(&self, machine: &MachineId) {
-        if let Some(execution) = self.take(machine) {
-            execution.quit().await;
-        }
+        self.end_if(|one| one.is_of(machine)).await;
     }
 
     /// End the VMM that was kept first; answers whether there was one.
     pub(super) async fn end_oldest(&self) -> bool {
-        let oldest = self.remove(|_| true);
-        if let Some(execution) = &oldest {
-            execution.quit().await;
-        }
-        oldest.is_some()
+        self.end_if(|_| true).await
     }
 
-    fn remove(&self, is_it: impl Fn(&Arc<VmmExecution>) -> bool) -> Option<Arc<VmmExecution>> {
-        let mut machines = self.machines();
-        let place = machines.iter().position(is_it)?;
-        Some(machines.remove(place))
-    }
-
-    fn machines(&self) -> MutexGuard<'_, Vec<Arc<VmmExecution>>> {
+    fn machines(&self) -> MutexGuard<'_, Vec<Kept>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -111,7 +131,7 @@ impl Platform {
         generation: u64,
         first_port: Option<u16>,
     ) -> Option<(Arc<dyn Execution>, WakeStages)> {
-        let vmm = self.residents.take(&machine.id)?;
+        let vmm = self.residents.take(|one| one.is_of(&machine.id))?;
         let record = vmm.record();
         let fits = record.shape == shape_of(machine)
             && record.template_digest == machine.template_digest
