@@ -39,6 +39,7 @@ use crate::edge::Edge;
 use crate::edge::filter::Filters;
 use crate::ssh::Door;
 use crate::store::{MachineRow, NewEvent, Store};
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
@@ -49,6 +50,9 @@ use torpor_api::http::{Endpoints, ExecRequest, ExecResult, MachineStatus, Resume
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
 const COMMAND_QUEUE_LEN: usize = 64;
+
+/// A wake that ends in the same moment as its caller's patience may still say how.
+const LAST_WORD: Duration = Duration::from_millis(100);
 
 /// Bounds and addresses.
 #[derive(Debug, Clone)]
@@ -430,15 +434,19 @@ impl Fleet {
         id: &MachineId,
         answer: impl Future<Output = Result<T, MachineError>>,
     ) -> Result<T, MachineError> {
-        tokio::time::timeout(bound, answer).await.unwrap_or_else(|_| {
-            // The wake's own patience ends in the same moment; which of the two is told must not be luck.
-            if self.shared.memory.is_waiting(id) {
-                let message = format!(
-                    "machine {id} got no memory of the host within {} s",
-                    bound.as_secs_f64()
-                );
-                return Err(MachineError::new(ErrorCode::CapacityExceeded, message));
-            }
+        let mut answer = pin!(answer);
+        if let Ok(answer) = tokio::time::timeout(bound, &mut answer).await {
+            return answer;
+        }
+        // The wake's own patience ends in about the same moment; which of the two is told must not be luck.
+        if self.shared.memory.is_waiting(id) {
+            let message = format!(
+                "machine {id} got no memory of the host within {} s",
+                bound.as_secs_f64()
+            );
+            return Err(MachineError::new(ErrorCode::CapacityExceeded, message));
+        }
+        tokio::time::timeout(LAST_WORD, answer).await.unwrap_or_else(|_| {
             let message = format!("machine {id} was not awake within {} s", bound.as_secs_f64());
             Err(MachineError::new(ErrorCode::ResumeTimeout, message))
         })
