@@ -49,8 +49,9 @@ class FirecrackerSide:
     """One guest, paused to a snapshot and loaded again.
 
     `how` is "fresh" (a new process loads the memory file), "prestarted" (one that was started before does), "full" (a new
-    process, and every snapshot is a full one), "paused" (the process stays, and goes on), or the path of a handler that serves page faults over userfaultfd to a new
-    process: Firecracker's examples `uffd_on_demand_handler` and `uffd_fault_all_handler`."""
+    process, and every snapshot is a full one), "paused" (the process stays, and goes on), or the path of a handler that
+    serves page faults over userfaultfd to a new process: Firecracker's examples `uffd_on_demand_handler` and
+    `uffd_fault_all_handler`."""
 
     def __init__(self, guest, binary, how):
         self.guest, self.binary, self.how = guest, binary, how

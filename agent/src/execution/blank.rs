@@ -78,10 +78,7 @@ impl BlankVmm {
         let Some(parts) = &mut self.parts else {
             return Ok(());
         };
-        parts.dir.claim(&machine.execution_id)?;
-        parts
-            .dir
-            .write_record(&Record::new(parts.process.id(), Some(machine)))
+        parts.dir.claim(parts.process.id(), machine)
     }
 
     fn is_alive(&self) -> bool {

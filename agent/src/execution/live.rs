@@ -19,7 +19,7 @@ use torpor_api::{ErrorCode, ExecutionId};
 use super::claim::Claim;
 use super::parking::Parking;
 use super::process::Process;
-use super::record::{MachineRecord, Record, RunDir, RunDirError};
+use super::record::{MachineRecord, RunDir, RunDirError};
 use super::resident::Residents;
 use super::{blocking, images_error};
 use crate::guest_client::GuestClient;
@@ -149,8 +149,7 @@ impl VmmExecution {
             ..self.record.clone()
         };
         let mut dir = self.dir.lock().unwrap_or_else(PoisonError::into_inner);
-        dir.claim(execution)?;
-        dir.write_record(&Record::new(self.process.id(), Some(record)))
+        dir.claim(self.process.id(), record)
     }
 
     /// Whether the VMM is alive and stands where this generation of its image was made.

@@ -111,15 +111,15 @@ impl RunDir {
             .collect()
     }
 
-    /// Give a blank VMM's directory its execution's name.
+    /// Give the directory the name of the execution that its VMM runs from now on, and record that: a restarted torpord finds it.
     ///
     /// # Errors
-    /// The name is taken.
-    pub fn claim(&mut self, execution: &ExecutionId) -> Result<(), RunDirError> {
-        let named = self.0.with_file_name(execution.as_str());
+    /// The name is taken, or the file system refuses.
+    pub fn claim(&mut self, process: ProcessId, machine: MachineRecord) -> Result<(), RunDirError> {
+        let named = self.0.with_file_name(machine.execution_id.as_str());
         fs::rename(&self.0, &named).map_err(failed("rename", &self.0))?;
         self.0 = named;
-        Ok(())
+        self.write_record(&Record::new(process, Some(machine)))
     }
 
     /// Where it is.

@@ -140,7 +140,7 @@ impl Platform {
             vmm.quit().await;
             return None;
         }
-        match resume(&vmm, id, first_port).await {
+        match resume(machine, &vmm, id, first_port).await {
             Ok(stages) => Some((Arc::new(Resumed { id: id.clone(), vmm }), stages)),
             Err(error) => {
                 tracing::warn!(machine_id = %machine.id, error = super::chain(&error), "resident VMM given up");
@@ -152,14 +152,16 @@ impl Platform {
 }
 
 async fn resume(
+    machine: &MachineSpec,
     vmm: &VmmExecution,
     id: &ExecutionId,
     first_port: Option<u16>,
 ) -> Result<WakeStages, HypervisorError> {
-    let failed = |what: &str| HypervisorError::new(ErrorCode::ResumeFailed, what);
     let begun = Instant::now();
     let named = vmm.rename(id);
-    named.map_err(|error| failed("cannot record the execution").because(error))?;
+    named.map_err(|error| {
+        HypervisorError::new(ErrorCode::ResumeFailed, "cannot record the execution").because(error)
+    })?;
     if let Some(port) = first_port {
         vmm.connect_early(port);
     }
@@ -173,12 +175,7 @@ async fn resume(
         Ok((trace, micros(begun)))
     };
     let finished = wake::finish(resumed, &vmm.guest()).await;
-    let ((trace, restored_us), resync) = finished.map_err(|failure| match failure {
-        wake::RestoreFailure::Vmm(error) => failed("VMM cannot resume").because(error),
-        wake::RestoreFailure::Guest(error) => {
-            failed("guest did not acknowledge clock and entropy").because(error)
-        }
-    })?;
+    let ((trace, restored_us), resync) = finished.map_err(|failure| wake::error(machine, failure))?;
     wake::drop_after_answer(resync);
     Ok(WakeStages {
         vmm_ready_us,
