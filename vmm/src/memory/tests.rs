@@ -466,3 +466,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn present_pages_are_told_once_however_scattered_they_are() {
+    for n_kinds in [600, 5000] {
+        let Lazy { lazy, ram, .. } = mappable(128);
+        let extent = Extent::new(0..3 * n_kinds + 64).unwrap();
+        lazy.prefetch(&[extent], Placement::Mapped, false).unwrap();
+        // Of three pages one is the guest's own, one the file's, and one was not touched.
+        for page in (1..3 * n_kinds).step_by(3) {
+            ram.populate(page..page + 1, true).unwrap();
+            ram.populate(page + 1..page + 2, false).unwrap();
+        }
+        let told = ram.present_pages().unwrap();
+        let overlap = told.windows(2).find(|pair| pair[1].pages.start < pair[0].pages.end);
+        assert_eq!(overlap, None);
+        let own: Vec<_> = ram.own_pages().unwrap().into_iter().flatten().collect();
+        assert_eq!(own, (1..3 * n_kinds).step_by(3).collect::<Vec<_>>());
+    }
+}

@@ -118,14 +118,17 @@ impl Pagemap {
                 }
                 return Err(error);
             };
-            for region in &regions[..n.min(REGIONS_PER_SCAN)] {
+            let told = &regions[..n.min(REGIONS_PER_SCAN)];
+            for region in told {
                 let pages = (region.start - start) / PAGE..(region.end - start) / PAGE;
                 push(&mut found, pages, region.categories & PAGE_IS_FILE == 0);
             }
-            if arg.walk_end <= from {
-                return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
-            }
-            from = arg.walk_end;
+            // Not from `walk_end`: if there are more than 512 regions, Linux (6.12, 6.18) leaves it where the last of its own
+            // buffers was full, and would tell of what comes after that once more.
+            from = match told.last() {
+                Some(last) if told.len() == REGIONS_PER_SCAN => last.end,
+                _ => end,
+            };
         }
         Ok(found)
     }
