@@ -1,6 +1,5 @@
 """What must not be lost: torpord killed, a VMM killed, a full disk, a flipped bit, a guest that ends."""
 import contextlib
-import json
 import os
 import pathlib
 import random
@@ -11,7 +10,6 @@ import time
 import pytest
 import torpor
 
-RUN_DIR = pathlib.Path("/run/torpor/exec")
 
 
 def answers(machine):
@@ -39,8 +37,7 @@ def assert_same_life(machine, before):
 
 def vmm_pid(machine):
     """PID of the VMM that runs a machine; a scope of its own must hold it, or it would die with torpord."""
-    record = json.loads((RUN_DIR / machine.get()["execution_id"] / "execution.json").read_text())
-    pid = record["process"]["pid"]
+    pid = torpor.vmm_pid(machine.get()["execution_id"])
     cgroup = pathlib.Path(f"/proc/{pid}/cgroup").read_text()
     assert "/torpor-vmm-" in cgroup and ".scope" in cgroup, cgroup
     return pid
@@ -48,7 +45,7 @@ def vmm_pid(machine):
 
 def running_vmms():
     """PIDs of VMMs that run a machine; blank ones of the pool are not among them."""
-    return {json.loads(record.read_text())["process"]["pid"] for record in RUN_DIR.glob("exe_*/execution.json")}
+    return {torpor.vmm_pid(record.parent.name) for record in torpor.EXECUTIONS.glob("exe_*/execution.json")}
 
 
 def test_killing_torpord_leaves_running_machines_running(counter):

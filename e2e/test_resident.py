@@ -1,5 +1,4 @@
 """Machines that keep their VMM while they sleep, because the operator gave RAM for it: woken without a restore, and as safe."""
-import json
 import os
 import pathlib
 import signal
@@ -9,13 +8,6 @@ import pytest
 import torpor
 from test_sleep_and_wake import wake_and_check
 
-RUNS = torpor.RUN_DIR / "exec"
-
-
-def vmm_of(execution):
-    """The process of the VMM that has this execution's directory."""
-    return json.loads((RUNS / execution / "execution.json").read_text())["process"]["pid"]
-
 
 def lives(pid):
     return pathlib.Path(f"/proc/{pid}/exe").exists()
@@ -24,7 +16,7 @@ def lives(pid):
 def pause(machine):
     """Put it to sleep; the execution that went to sleep and its VMM's process."""
     execution = machine.get()["execution_id"]
-    pid = vmm_of(execution)
+    pid = torpor.vmm_pid(execution)
     assert machine.pause()["status"] == "paused"
     return execution, pid
 
@@ -89,7 +81,8 @@ def test_a_vmm_is_kept_no_longer_than_configured_and_none_that_is_too_large(conf
     state = torpor.fetch(counter.url("/check"))
     execution, pid = pause(counter)
     assert lives(pid)
-    torpor.wait_for(lambda: not lives(pid) and not (RUNS / execution).exists(), "the VMM and its directory go", 30)
+    directory = torpor.EXECUTIONS / execution
+    torpor.wait_for(lambda: not lives(pid) and not directory.exists(), "the VMM and its directory go", 30)
     state = wake_and_check(counter, state)
     assert not was_resident(counter)
     configured(resident_mem_mib=100)

@@ -10,7 +10,7 @@ import urllib.parse
 
 SOCKET = "/run/torpor/api.sock"
 STATE_DIR = pathlib.Path("/var/lib/torpor")
-RUN_DIR = pathlib.Path("/run/torpor")
+EXECUTIONS = pathlib.Path("/run/torpor/exec")
 GUEST_DIR = pathlib.Path(__file__).parent / "guest"
 SERVICE_PORT = 8080
 
@@ -196,6 +196,12 @@ def kill_torpord():
     wait_for_torpord()
 
 
-def disk_bytes(path):
-    """Bytes that files below a path really take."""
-    return sum(f.stat().st_blocks * 512 for f in pathlib.Path(path).rglob("*") if f.is_file())
+def vmm_pid(execution):
+    """Process of the VMM that has an execution's directory."""
+    return json.loads((EXECUTIONS / execution / "execution.json").read_text())["process"]["pid"]
+
+
+def disk_bytes(*directories):
+    """Bytes that files below directories really take; a file with several names counts once."""
+    files = [path.stat() for directory in directories for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+    return sum({(file.st_dev, file.st_ino): file.st_blocks * 512 for file in files}.values())

@@ -12,25 +12,19 @@ mod copy;
 pub mod disk;
 pub mod header;
 pub mod manifest;
+pub mod memory;
 pub mod snapshots;
 pub mod template;
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use torpor_api::MachineId;
 
-use crate::machine::hypervisor::ImageState;
 use manifest::{Manifest, ManifestError};
-
-/// A second name of the image that the live VMM was restored from, once another one took its place: the VMM still
-/// reads untouched pages from it, so nobody who shares it may become its only owner and rewrite it.
-const BASE_IMAGE: &str = "memory.base";
-/// A new image, until it takes the place of one that is not the machine's alone.
-const NEXT_IMAGE: &str = "memory.next";
 
 /// Why files of a machine could not be read or changed.
 #[derive(Debug, thiserror::Error)]
@@ -201,77 +195,6 @@ impl MachineFiles {
         Ok(file.map_err(failed("open", &path))?.into())
     }
 
-    /// Path of the memory image.
-    #[must_use]
-    pub fn image_path(&self) -> PathBuf {
-        self.path(header::IMAGE)
-    }
-
-    /// The memory image, to be read in a restore.
-    ///
-    /// # Errors
-    /// It is not there, or can't be opened.
-    pub fn open_image(&self) -> Result<OwnedFd, ImagesError> {
-        let path = self.image_path();
-        Ok(File::open(&path).map_err(failed("open", &path))?.into())
-    }
-
-    /// The file for a persist: the memory image, made if missing; a new file if the image is a snapshot's or another
-    /// machine's, too. [`MachineFiles::promote_image`] follows the persist.
-    ///
-    /// # Errors
-    /// It can't be opened or made.
-    pub fn open_image_for_persist(&self) -> Result<OwnedFd, ImagesError> {
-        let path = self.image_path();
-        let n_links = fs::metadata(&path).map_or(0, |metadata| metadata.nlink());
-        let next = self.path(NEXT_IMAGE);
-        if n_links > 1 {
-            return open_read_write(&next, true);
-        }
-        match fs::remove_file(&next) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("remove", &next)(error));
-            }
-            _ => {}
-        }
-        let fd = open_read_write(&path, true)?;
-        if n_links == 0 {
-            sync_dir(&self.dir)?;
-        }
-        Ok(fd)
-    }
-
-    /// Put the new image of this generation in place, if it was written to a file of its own.
-    ///
-    /// # Errors
-    /// The file system refuses.
-    pub fn promote_image(&self, generation: u64) -> Result<(), ImagesError> {
-        let (next, path) = (self.path(NEXT_IMAGE), self.image_path());
-        match header::read(&next) {
-            Ok(header) if header.valid && header.generation == generation => {}
-            // There is none, or it is the remainder of a persist that was cut short.
-            Ok(_) | Err(_) => return Ok(()),
-        }
-        let base = self.path(BASE_IMAGE);
-        match fs::hard_link(&path, &base) {
-            // The first one is what the VMM was restored from; later ones it has no use for.
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            linked => linked.map_err(failed("link to", &base))?,
-        }
-        fs::rename(&next, &path).map_err(failed("rename to", &path))?;
-        sync_dir(&self.dir)
-    }
-
-    /// The VMM that read from the image before is gone. Called while nobody else has the machine's files.
-    pub fn drop_base_image(&self) {
-        let base = self.path(BASE_IMAGE);
-        if let Err(error) = fs::remove_file(&base)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(path = %base.display(), %error, "image that nobody reads any more not removed");
-        }
-    }
-
     /// The last `max_bytes` of the console log; empty if there is none.
     ///
     /// # Errors
@@ -312,60 +235,6 @@ impl MachineFiles {
             machine: self.id.clone(),
             source,
         })
-    }
-
-    /// Give up the hibernation image: once this returns, no crash brings it back.
-    ///
-    /// # Errors
-    /// The file system refuses.
-    pub fn discard_image(&self) -> Result<(), ImagesError> {
-        let path = self.path(manifest::MANIFEST);
-        match fs::remove_file(&path) {
-            Ok(()) => sync_dir(&self.dir),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(error) => Err(failed("remove", &path)(error)),
-        }
-    }
-
-    /// Judge the image by manifest, header and disk generation.
-    #[must_use]
-    pub fn inspect(&self) -> ImageState {
-        match self.manifest() {
-            Ok(None) => ImageState::None,
-            Ok(Some(manifest)) => self.inspect_against(&manifest),
-            Err(error) => corrupt(crate::execution::chain(&error)),
-        }
-    }
-
-    fn inspect_against(&self, manifest: &Manifest) -> ImageState {
-        let generation = manifest.generation;
-        if manifest.machine_id != self.id {
-            return corrupt(format!("manifest names machine {}", manifest.machine_id));
-        }
-        let header = match header::read(&self.image_path()) {
-            Ok(header) => header,
-            Err(error) => return corrupt(crate::execution::chain(&error)),
-        };
-        if !header.valid {
-            return corrupt("memory image was cut short while it was rewritten");
-        }
-        if (header.generation, header.disk_generation) != (generation, manifest.disk_generation) {
-            return corrupt(format!(
-                "memory image is of generation {} and disk generation {}, manifest names {generation} and {}",
-                header.generation, header.disk_generation, manifest.disk_generation
-            ));
-        }
-        match disk::read_generation(&self.path(disk::GENERATION)) {
-            Err(error) => corrupt(crate::execution::chain(&error)),
-            Ok(on_disk) if on_disk == manifest.disk_generation => ImageState::Valid { generation },
-            Ok(_) => ImageState::Stale { generation },
-        }
-    }
-}
-
-fn corrupt(message: impl Into<String>) -> ImageState {
-    ImageState::Corrupt {
-        message: message.into(),
     }
 }
 

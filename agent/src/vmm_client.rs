@@ -149,17 +149,16 @@ impl VmmClient {
     ///
     /// # Errors
     /// See [`VmmClientError`].
-    pub async fn persist(&self, generation: u64, image: &OwnedFd) -> Result<(), VmmClientError> {
-        self.done(Request::Persist { generation }, &[(FdRole::Image, image)])
-            .await
+    pub async fn persist(&self, generation: u64, image: &Fds<'_>) -> Result<(), VmmClientError> {
+        self.done(Request::Persist { generation }, image).await
     }
 
     /// Begin to write what the running guest has changed to the image.
     ///
     /// # Errors
     /// See [`VmmClientError`].
-    pub async fn pre_copy(&self, image: &OwnedFd) -> Result<(), VmmClientError> {
-        self.done(Request::PreCopy, &[(FdRole::Image, image)]).await
+    pub async fn pre_copy(&self, image: &Fds<'_>) -> Result<(), VmmClientError> {
+        self.done(Request::PreCopy, image).await
     }
 
     /// Run again from frozen, persisting or durable.

@@ -82,8 +82,9 @@ async fn replies_find_their_requests_in_any_order_and_descriptors_travel_along()
             },
         );
     };
+    let fds = [(FdRole::Image, &image)];
     let (persisted, first_byte, ()) =
-        tokio::join!(biased; client.persist(4, &image), client.first_byte(), serve);
+        tokio::join!(biased; client.persist(4, &fds), client.first_byte(), serve);
     first_byte.unwrap();
     assert!(
         matches!(&persisted, Err(VmmClientError::Refused { method: "persist", source })

@@ -63,6 +63,8 @@ pub enum FdRole {
     Console,
     /// Hibernation image: read-only in a restore, read-write in a persist.
     Image,
+    /// The image that the hibernation image lies over, or in a persist to a new file is to lie over, read-only.
+    ImageBase,
     /// Where a full dump of guest memory goes.
     Dump,
 }
@@ -76,14 +78,15 @@ pub enum Request {
         /// What to build.
         shape: Shape,
     },
-    /// Boot from kernel and disk. Needs every fd role but `Image` and `Dump`.
+    /// Boot from kernel and disk. Needs every fd role but `Image`, `ImageBase` and `Dump`.
     Boot {
         /// Kernel command line.
         cmdline: String,
         /// Largest size of the console log in bytes; output past it is dropped.
         console_limit: u64,
     },
-    /// Take state and memory from an image and run. Needs `Image` and every role of a boot but `Kernel`.
+    /// Take state and memory from an image and run. Needs `Image`, `ImageBase` if it lies over another one, and every role of a
+    /// boot but `Kernel`.
     Restore {
         /// Largest size of the console log in bytes.
         console_limit: u64,
@@ -96,12 +99,13 @@ pub enum Request {
     },
     /// Stop the vCPUs and hold the devices still. Does no I/O.
     Freeze,
-    /// Write the frozen machine to the image (`Image`), then report [`Event::PersistDone`].
+    /// Write the frozen machine to the image (`Image`), then report [`Event::PersistDone`]. With `ImageBase`, an image that is
+    /// not rewritten in place gets only what that one has otherwise.
     Persist {
         /// Generation that the new image gets.
         generation: u64,
     },
-    /// Write what the running guest has changed to the image (`Image`) ahead of a persist, which then has less to
+    /// Write what the running guest has changed to the image (`Image`, `ImageBase`) ahead of a persist, which then has less to
     /// write. The image is not valid until that persist.
     PreCopy,
     /// Run a frozen, persisting or durable machine again; ends a persist under way.

@@ -75,10 +75,11 @@ def print_lasting(samples):
         print(f"{count} woken at once: all answered, p99 {percentile(waits, .99):.0f} ms, "
               f"{share:.2f} of {count} single wakes on {samples[0]['cores']} cores")
     clones = [sample for sample in samples if sample.get("kind") == "clones"]
-    if clones:
-        one, many = clones[0], clones[-1]
+    # Samples of before there were layers are all of the snapshot's image.
+    for image in dict.fromkeys(sample.get("image", "the snapshot's") for sample in clones):
+        one, *_, many = [sample for sample in clones if sample.get("image", "the snapshot's") == image]
         for field in ("pss_kib", "rss_kib", "private_kib", "vmm_private_kib"):
-            print(f"{many['clones']} awake clones against one: {field} {one[field]} -> {many[field]} "
+            print(f"{many['clones']} awake clones against one, from {image} image: {field} {one[field]} -> {many[field]} "
                   f"({many[field] / one[field]:.1f}x)")
 
 

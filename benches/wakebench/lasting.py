@@ -30,21 +30,36 @@ def torpord_holds():
 
 
 def clones(recorder, guest, count):
-    """Memory of one awake clone of a snapshot, and of `count` of them, each having answered a request after a wake."""
+    """Memory of one awake clone of a snapshot, and of `count` of them, each having answered a request after a wake: first from
+    the snapshot's image, then each from one that it has written itself."""
     recorder.say(f"{count} clones of one snapshot")
     source = TorporSide(guest)
     made = []
+
+    def add(image):
+        # What the wake itself needed is given back by then.
+        time.sleep(2)
+        awake = [side for side in made if side.machine.status() == "running"]
+        holds = [vmm_holds(side) for side in awake]
+        recorder.add({"kind": "clones", "system": source.name, "image": image, "clones": len(awake),
+                      "images_bytes": torpor.disk_bytes(*(side.machine.directory for side in made)),
+                      **{name: sum(one[name] for one in holds) for name in holds[0]}})
     try:
         source.pause()
         source.wake()
         snapshot = source.machine.snapshot()
+        source.pause()
         for _ in range(count):
             made.append(TorporSide(guest, snapshot["id"]))
-            # What the wake itself needed is given back by then.
-            time.sleep(2)
-            holds = [vmm_holds(clone) for clone in made]
-            recorder.add({"kind": "clones", "system": source.name, "clones": len(made),
-                          **{name: sum(one[name] for one in holds) for name in holds[0]}})
+            add("the snapshot's")
+        for side in made:
+            side.pause()
+        for side in made:
+            side.wake()
+            side.pause()
+        for side in made:
+            side.wake()
+            add("their own")
     finally:
         for side in [*made, source]:
             side.close()

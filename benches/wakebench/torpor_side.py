@@ -1,6 +1,5 @@
 """Torpor as the system under test: machines over the native API, requests through the proxy."""
 import contextlib
-import json
 import pathlib
 import sys
 import time
@@ -25,8 +24,7 @@ def server_timing(answer):
 
 
 def vmm_pid(machine):
-    record = torpor.RUN_DIR / "exec" / machine.get()["execution_id"] / "execution.json"
-    return json.loads(record.read_text())["process"]["pid"]
+    return torpor.vmm_pid(machine.get()["execution_id"])
 
 
 class TorporSide:
@@ -71,7 +69,8 @@ class TorporSide:
                 "changed_bytes": persist["written_pages"] * 4096, **detail}
 
     def evict(self):
-        cache.evict([self.machine.directory / "memory.img"])
+        images = [self.machine.directory / name for name in ("memory.img", "memory.base")]
+        cache.evict([image for image in images if image.exists()])
 
     def wake(self):
         """Wake it by a request; nothing else is done meanwhile."""

@@ -265,13 +265,13 @@ impl Control {
                 freeze_us: self.live("freeze")?.freeze()?,
             }),
             Request::Persist { generation } => {
-                let target = File::from(files.take(FdRole::Image)?);
+                let target = files.take_target()?;
                 self.live("persist")?
                     .persist(target, generation)
                     .map(|()| Reply::Done)
             }
             Request::PreCopy => {
-                let target = File::from(files.take(FdRole::Image)?);
+                let target = files.take_target()?;
                 self.live("copy ahead")?.pre_copy(target).map(|()| Reply::Done)
             }
             Request::Run => {

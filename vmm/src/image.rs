@@ -9,7 +9,7 @@ mod header;
 pub mod persist;
 mod working_set;
 
-pub use file::{ImageFile, PageError, PageSource, is_zero};
+pub use file::{Base, ImageFile, ImageView, PageError, PageSource, is_zero};
 pub use header::{Header, HeaderError, HostSignature, ImageLayout};
 pub use working_set::{
     Extent, MAX_BYTES, MAX_DOUBTED_BYTES, bounded, decode_working_set, encode_working_set, with_probation,
@@ -18,9 +18,12 @@ pub use working_set::{
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 /// Version of the format: header, layout of guest memory and encoding of the state.
 pub const FORMAT_VERSION: u32 = 2;
+/// The same for an image that has a base under it, which a VMM that knows only [`FORMAT_VERSION`] can't read.
+pub const LAYERED_FORMAT_VERSION: u32 = 3;
 /// Room for the state.
 pub const VMSTATE_CAPACITY: u64 = 2 << 20;
 /// Room for the working set.
@@ -86,6 +89,12 @@ pub enum OpenError {
         /// In the header.
         wanted: u32,
     },
+    /// The image that it lies over is missing or another one.
+    #[error("image lies over another one, which is {found}")]
+    Base {
+        /// What is in its place.
+        found: &'static str,
+    },
     /// Made where this host can't go on.
     #[error("image was made on {found}, this is {here}")]
     Host {
@@ -129,36 +138,32 @@ pub struct OpenImage {
 /// # Errors
 /// It can't be read, or it is no header.
 pub fn read_header(file: &File) -> Result<Header, OpenError> {
-    let mut bytes = [0; header::HEADER_LEN];
+    Ok(Header::decode(&read_header_page(file)?)?)
+}
+
+fn read_header_page(file: &File) -> Result<[u8; header::HEADER_LEN], OpenError> {
+    let mut page = [0; header::HEADER_LEN];
     let failed = |source| OpenError::Read {
         what: "header",
         source,
     };
-    file.read_exact_at(&mut bytes, 0).map_err(failed)?;
-    Ok(Header::decode(&bytes)?)
+    file.read_exact_at(&mut page, 0).map_err(failed)?;
+    Ok(page)
 }
 
-/// Check an image for a restore and read all of it but the pages.
+/// Check an image for a restore and read all of it but the pages. `base` is the image that it lies over, if it does.
 ///
 /// # Errors
 /// Anything is not as expected; nothing was touched then.
-pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
+pub fn open(file: File, base: Option<File>, expected: &Expected) -> Result<OpenImage, OpenError> {
     let header = read_header(&file)?;
     check(&header, expected)?;
     let layout = header.layout()?;
-    let found = file
-        .metadata()
-        .map_err(|source| OpenError::Read {
-            what: "length",
-            source,
-        })?
-        .len();
-    if found < layout.file_len() {
-        return Err(OpenError::Length {
-            found,
-            wanted: layout.file_len(),
-        });
-    }
+    check_length(&file, layout.file_len(header.base.is_some()))?;
+    let base = header
+        .base
+        .map(|name| open_base(base, name, layout))
+        .transpose()?;
     let vmstate = read_part(&file, "state", header.vmstate_len, layout.vmstate_offset())?;
     let sum = crc32c::crc32c(&vmstate);
     if sum != header.vmstate_crc {
@@ -170,17 +175,43 @@ pub fn open(file: File, expected: &Expected) -> Result<OpenImage, OpenError> {
     let (len, offset) = (header.working_set_len, layout.working_set_offset());
     let encoded = read_part(&file, "working set", len, offset)?;
     let working_set = decode_working_set(&encoded, layout.n_pages()).unwrap_or_default();
-    let failed = |source| OpenError::Read {
-        what: "identity",
-        source,
-    };
-    let file = ImageFile::open(file, layout).map_err(failed)?;
+    let file = ImageFile::open(file, layout, base).map_err(unidentified)?;
     Ok(OpenImage {
         file,
         vmstate,
         working_set,
         header,
     })
+}
+
+fn unidentified(source: io::Error) -> OpenError {
+    OpenError::Read {
+        what: "identity",
+        source,
+    }
+}
+
+fn check_length(file: &File, wanted: u64) -> Result<(), OpenError> {
+    let length = file.metadata().map_err(|source| OpenError::Read {
+        what: "length",
+        source,
+    })?;
+    let found = length.len();
+    if found < wanted {
+        return Err(OpenError::Length { found, wanted });
+    }
+    Ok(())
+}
+
+/// The image that another one names by `name` as the one that it lies over.
+fn open_base(file: Option<File>, name: u32, layout: ImageLayout) -> Result<Base, OpenError> {
+    let wrong = |found| OpenError::Base { found };
+    let file = file.ok_or_else(|| wrong("missing"))?;
+    check_length(&file, layout.file_len(false))?;
+    let image = ImageFile::open(file, layout, None).map_err(unidentified)?;
+    let base = Base::new(Arc::new(image))?;
+    base.filter(|base| base.name == name)
+        .ok_or_else(|| wrong("not the one that it was written over"))
 }
 
 /// Read a part whose length the header's decoder bounded.

@@ -15,14 +15,14 @@ mod build;
 mod error;
 mod restore;
 
-pub use build::{Files, Prepared};
+pub use build::{Files, Prepared, Target};
 pub use error::{VmError, chain};
 pub use restore::RestoreRequest;
 
 use crate::arch::{self, VcpuState, VmState};
 use crate::devices::{DeviceSet, DevicesState};
 use crate::image::persist::{Contents, Persist, PersistError};
-use crate::image::{Extent, HostSignature, ImageFile, ImageLayout, MAX_DOUBTED_BYTES, bounded};
+use crate::image::{Base, Extent, HostSignature, ImageFile, ImageLayout, MAX_DOUBTED_BYTES, bounded};
 use crate::layout::PAGE_SIZE;
 use crate::memory::lazy::FillCounts;
 use crate::memory::{Backing, Ram};
@@ -273,7 +273,7 @@ impl Vm {
     ///
     /// # Errors
     /// Not frozen, or the file can't be used.
-    pub fn persist(&mut self, target: File, generation: u64) -> Result<(), VmError> {
+    pub fn persist(&mut self, target: Target, generation: u64) -> Result<(), VmError> {
         self.expect(matches!(self.phase, Phase::Frozen), "persist")?;
         let (vmstate, disk_generation) = self.frozen.clone().ok_or(VmError::NothingFrozen)?;
         self.record_working_set(false);
@@ -311,7 +311,7 @@ impl Vm {
     ///
     /// # Errors
     /// Not running, or the file can't be used.
-    pub fn pre_copy(&mut self, target: File) -> Result<(), VmError> {
+    pub fn pre_copy(&mut self, target: Target) -> Result<(), VmError> {
         self.expect(matches!(self.phase, Phase::Running), "copy ahead")?;
         let persist = self.writer(target, self.no_contents())?;
         self.pre_copy_cancel.store(true, Ordering::Release);
@@ -349,20 +349,22 @@ impl Vm {
         }
     }
 
-    fn writer(&self, target: File, contents: Contents) -> Result<Persist, VmError> {
-        let in_place = self.in_place(&target)?;
+    fn writer(&self, target: Target, contents: Contents) -> Result<Persist, VmError> {
+        let Target { image, base } = target;
+        let in_place = self.in_place(&image)?;
         let fresh = in_place.is_none();
         let baseline = match in_place {
             Some(baseline) => baseline,
             None => {
                 let layout = ImageLayout::new(self.ram.layout().len_bytes());
-                let file = target.try_clone().map_err(VmError::ImageFile)?;
-                Arc::new(ImageFile::empty(file, layout).map_err(VmError::ImageFile)?)
+                let file = image.try_clone().map_err(VmError::ImageFile)?;
+                let base = base.map_or(Ok(None), |base| self.base_at_hand(&base))?;
+                Arc::new(ImageFile::empty(file, layout, base).map_err(VmError::ImageFile)?)
             }
         };
         Ok(Persist {
             ram: Arc::clone(&self.ram),
-            target,
+            target: image,
             source: self.restored_from.clone().filter(|_| fresh),
             fresh,
             contents,
@@ -370,6 +372,21 @@ impl Vm {
             flush_disk: None,
             baseline,
         })
+    }
+
+    /// What the guest's pages are known to differ from, if that is the file that a new image is to lie over: a new image
+    /// without a base is only larger.
+    fn base_at_hand(&self, wanted: &File) -> Result<Option<Base>, VmError> {
+        for image in self.restored_from.iter().chain(&self.baseline) {
+            let root = image.base().unwrap_or(image);
+            if root.is_same_file(wanted).map_err(VmError::ImageFile)? {
+                return Ok(Base::new(Arc::clone(root)).unwrap_or_else(|error| {
+                    tracing::warn!(error = chain(&error), "new image without a base");
+                    None
+                }));
+            }
+        }
+        Ok(None)
     }
 
     /// Run a job that writes an image on a thread of its own, after those before; its number.

@@ -18,7 +18,7 @@ mod sys;
 mod kvm {
     use super::driver::{Machine, Vmm};
     use std::fs::File;
-    use std::os::unix::fs::FileExt;
+    use std::os::unix::fs::{FileExt, MetadataExt};
     use std::path::PathBuf;
     use torpor_api::vmm::{Event, ExitReason, FdRole, Reply, Request, Shape, VmmErrorCode, VmmState};
     use torpor_vmm::image::{self, Expected, ImageLayout, PageSource};
@@ -96,7 +96,7 @@ mod kvm {
                 mem_bytes: u64::from(MEM_MIB) << 20,
                 host: header.host,
             };
-            let image = image::open(self.image(), &expected).unwrap();
+            let image = image::open(self.image(), self.machine.image_base(), &expected).unwrap();
             let mut bytes = vec![0; (MEM_MIB as usize) << 20];
             image.file.read(0, &mut bytes).unwrap();
             bytes
@@ -178,6 +178,36 @@ mod kvm {
             bench.machine.wait_tick_after(tick + 1);
             vmm.call(Request::FirstByte, Vec::new()).unwrap();
         }
+        vmm.kill();
+    }
+
+    /// A machine whose first image is somebody else's, too.
+    #[test]
+    fn an_image_over_another_equals_a_full_dump_and_is_smaller() {
+        let bench = Bench::new(2);
+        let mut vmm = bench.boot(BUSY);
+        bench.machine.wait_tick_after(1);
+        vmm.freeze();
+        let whole = vmm.persist(&bench.machine, "memory.base", 1);
+        vmm.kill();
+        let mut vmm = bench.start();
+        vmm.restore(&bench.machine, "memory.base", 1, true).unwrap();
+        for generation in 2..=5 {
+            bench.machine.wait_tick_after(bench.tick() + 1);
+            vmm.freeze();
+            bench.persist_and_compare(&mut vmm, generation);
+            let header = image::read_header(&bench.image()).unwrap();
+            assert!(header.base.is_some(), "generation {generation} has no base");
+            if generation == 3 {
+                vmm.run();
+            } else {
+                vmm.kill();
+                vmm = bench.restore(generation);
+            }
+        }
+        let held = bench.image().metadata().unwrap().blocks() * 512 / 4096;
+        println!("{} pages over {}", held, whole.written_pages);
+        assert!(held < whole.written_pages * 3 / 4);
         vmm.kill();
     }
 

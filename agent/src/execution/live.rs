@@ -5,7 +5,6 @@
 //! keep a disk that another may be given. Every persist has an attempt number; a run raises it, so a persist that
 //! was overtaken can never put a manifest in place.
 
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -24,6 +23,7 @@ use super::resident::Residents;
 use super::{blocking, images_error};
 use crate::guest_client::GuestClient;
 use crate::images::manifest::{FORMAT, Manifest};
+use crate::images::memory::OpenImage;
 use crate::images::{MachineFiles, header};
 use crate::machine::hypervisor::{ConnectError, Execution, FreezeTrace, HypervisorError, Ran, VmmStatus};
 use crate::machine::usage::RunUsage;
@@ -201,7 +201,7 @@ impl VmmExecution {
             self.process.ended().await;
         }
         let files = self.files.clone();
-        if let Err(error) = tokio::task::spawn_blocking(move || files.drop_base_image()).await {
+        if let Err(error) = tokio::task::spawn_blocking(move || files.drop_spent_images()).await {
             tracing::warn!(%error, "image that nobody reads any more not removed");
         }
         self.claim.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -221,7 +221,7 @@ impl VmmExecution {
         number
     }
 
-    async fn open_image(&self) -> Result<OwnedFd, HypervisorError> {
+    async fn open_image(&self) -> Result<OpenImage, HypervisorError> {
         let files = self.files.clone();
         blocking(ErrorCode::PauseFailed, move || {
             let image = files.open_image_for_persist();
@@ -235,7 +235,8 @@ impl VmmExecution {
 
     async fn persist_attempt(&self, number: u64, generation: u64) -> Result<PersistStats, HypervisorError> {
         let image = self.open_image().await?;
-        let begun = self.client.persist(generation, &image).await;
+        let fds: Vec<_> = image.fds().collect();
+        let begun = self.client.persist(generation, &fds).await;
         begun.map_err(|error| vmm_failed(ErrorCode::PauseFailed, "VMM cannot persist", error))?;
         let mut attempts = self.attempt.subscribe();
         let ended = attempts.wait_for(|attempt| attempt.number != number || attempt.outcome.is_some());
@@ -374,7 +375,8 @@ impl Execution for VmmExecution {
 
     async fn pre_copy(&self) -> Result<(), HypervisorError> {
         let image = self.open_image().await?;
-        let begun = self.client.pre_copy(&image).await;
+        let fds: Vec<_> = image.fds().collect();
+        let begun = self.client.pre_copy(&fds).await;
         begun.map_err(|error| vmm_failed(ErrorCode::PauseFailed, "VMM cannot copy ahead", error))
     }
 

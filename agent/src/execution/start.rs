@@ -19,6 +19,7 @@ use super::record::MachineRecord;
 use super::{Platform, blocking, images_error, wake};
 use crate::images::MachineFiles;
 use crate::images::manifest::Manifest;
+use crate::images::memory::OpenImage;
 use crate::images::template::Template;
 use crate::machine::hypervisor::{Execution, HypervisorError, MachineSpec, WakeStages};
 use crate::net::{NetError, RefillHold, SlotLease};
@@ -38,7 +39,7 @@ struct OpenFiles {
 impl OpenFiles {
     fn open(files: &MachineFiles, template: &Template, code: ErrorCode) -> Result<Self, HypervisorError> {
         let failed = |operation: &str| images_error(code, operation.to_owned());
-        files.drop_base_image();
+        files.drop_spent_images();
         Ok(Self {
             base: template
                 .open_rootfs()
@@ -155,8 +156,7 @@ impl Platform {
             disk_generation: manifest.disk_generation,
             fork: manifest.fork,
         };
-        let fds = [
-            (FdRole::Image, &image),
+        let files = [
             (FdRole::DiskBase, &open.base),
             (FdRole::DiskOverlay, &open.overlay),
             (FdRole::DiskGeneration, &open.disk_generation),
@@ -164,6 +164,7 @@ impl Platform {
             (FdRole::VsockListener, &vsock),
             (FdRole::Console, &open.console),
         ];
+        let fds: Vec<_> = image.fds().chain(files).collect();
         let restored = async {
             let trace = live.get().client().restore(request, &fds).await?;
             Ok((trace, micros(begun)))
@@ -353,7 +354,7 @@ fn open_for_restore(
     template: &Template,
     machine: &MachineSpec,
     generation: u64,
-) -> Result<(OpenFiles, OwnedFd, Manifest), HypervisorError> {
+) -> Result<(OpenFiles, OpenImage, Manifest), HypervisorError> {
     let corrupt = |message: String| HypervisorError::new(ErrorCode::ImageCorrupt, message);
     let manifest = files
         .manifest()

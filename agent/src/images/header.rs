@@ -13,8 +13,10 @@ use std::path::{Path, PathBuf};
 pub const IMAGE: &str = "memory.img";
 /// Length of the header in bytes.
 pub const HEADER_LEN: usize = 4096;
-/// The one version of the format that can be read.
-pub const FORMAT: u32 = 2;
+/// Version of an image that has all its pages itself.
+pub(super) const FORMAT: u32 = 2;
+/// Version of one that lies over another.
+pub(super) const LAYERED_FORMAT: u32 = 3;
 const MAGIC: &[u8; 8] = b"TORPORMI";
 const FLAG_VALID: u32 = 1;
 const CRC_OFFSET: usize = HEADER_LEN - 4;
@@ -51,6 +53,10 @@ pub struct Header {
     pub generation: u64,
     /// The disk's generation that it belongs to.
     pub disk_generation: u64,
+    /// What an image over this one names it by.
+    pub name: u32,
+    /// That of the image that it lies over, if it does.
+    pub base: Option<u32>,
     /// What the image needs of a host.
     pub host_signature: serde_json::Value,
 }
@@ -79,12 +85,15 @@ fn decode(page: &[u8; HEADER_LEN]) -> Result<Header, &'static str> {
     if page[..8] != *MAGIC {
         return Err("not a hibernation image");
     }
-    if crc32c::crc32c(&page[..CRC_OFFSET]) != get32(CRC_OFFSET) {
+    let name = get32(CRC_OFFSET);
+    if crc32c::crc32c(&page[..CRC_OFFSET]) != name {
         return Err("checksum of the header is wrong");
     }
-    if get32(8) != FORMAT {
-        return Err("written by another version of the VMM");
-    }
+    let base = match get32(8) {
+        FORMAT => None,
+        LAYERED_FORMAT => Some(get32(92)),
+        _ => return Err("written by another version of the VMM"),
+    };
     let signature = usize::try_from(get32(88))
         .ok()
         .and_then(|len| page[..CRC_OFFSET].get(SIGNATURE_OFFSET..)?.get(..len))
@@ -93,6 +102,8 @@ fn decode(page: &[u8; HEADER_LEN]) -> Result<Header, &'static str> {
         valid: get32(12) & FLAG_VALID != 0,
         generation: get64(16),
         disk_generation: get64(24),
+        name,
+        base,
         host_signature: serde_json::from_slice(signature).map_err(|_| "host signature is no JSON")?,
     })
 }

@@ -1,16 +1,14 @@
 //! Snapshots on disk, and the files of machines that are made from them.
 //!
 //! ```text
-//! snapshots/<snap_…>/            memory.img disk.qcow2 disk.gen manifest.json   as in the machine's directory
+//! snapshots/<snap_…>/            memory.img memory.base disk.qcow2 disk.gen manifest.json   as in the machine's directory
 //! snapshots/.staging/<snap_…>/   one that is being taken; removed at start
 //! ```
 //! The memory image of a snapshot is the machine's own, by a second link: nothing is copied. An image with more than
-//! one link is never rewritten: the next persist makes a new file ([`MachineFiles::open_image_for_persist`]), so
-//! links are the reference counts, kept by the file system, and a crash can't get them wrong. A VMM goes on reading from
-//! the image that it was restored from after its machine has another one; until it ends, the machine keeps a link to
-//! that ([`MachineFiles::promote_image`]). A deleted snapshot's
+//! one link is never rewritten: the next persist makes a new file ([`MachineFiles::open_image_for_persist`]) that lies over
+//! it, so links are the reference counts, kept by the file system, and a crash can't get them wrong. A deleted snapshot's
 //! image lives for as long as a machine still wakes from it. However long the line of snapshots and forks, a machine
-//! reads its own image and its template. The disk's overlay is copied while the machine stands still.
+//! reads its own image and the one that it lies over. The disk's overlay is copied while the machine stands still.
 
 use std::fs;
 use std::io;
@@ -22,7 +20,7 @@ use torpor_api::vmm::Shape;
 
 use super::copy::copy_sparse;
 use super::manifest::{self, MANIFEST, Manifest, ManifestError};
-use super::{Images, ImagesError, MachineFiles, disk, failed, header, make_dir, sync_dir};
+use super::{Images, ImagesError, MachineFiles, disk, failed, header, make_dir, memory, sync_dir};
 
 /// What a snapshot's directory holds.
 const FILES: [&str; 4] = [header::IMAGE, disk::OVERLAY, disk::GENERATION, MANIFEST];
@@ -97,7 +95,7 @@ impl Images {
         // Of a try before.
         remove_all(&dir)?;
         make_dir(&dir)?;
-        link_or_copy(&machine.path(header::IMAGE), &dir.join(header::IMAGE))?;
+        link_image(&machine.dir, &dir)?;
         for name in [disk::OVERLAY, disk::GENERATION, MANIFEST] {
             let to = dir.join(name);
             copy_sparse(&machine.path(name), &to).map_err(failed("copy to", &to))?;
@@ -105,7 +103,8 @@ impl Images {
         Ok(())
     }
 
-    /// Make a staged snapshot durable and put it where snapshots are; answers the room that it takes in bytes.
+    /// Make a staged snapshot durable and put it where snapshots are; answers the room that it takes in bytes, without the
+    /// image that its own lies over, which others have, too.
     ///
     /// # Errors
     /// It is not staged, or the file system refuses.
@@ -179,7 +178,7 @@ impl Images {
                 .and_then(|file| file.sync_all())
                 .map_err(failed("copy to", &to))?;
         }
-        link_or_copy(&dir.join(header::IMAGE), &machine.path(header::IMAGE))?;
+        link_image(&dir, &machine.dir)?;
         let generation = manifest.generation;
         machine.write_manifest(&Manifest {
             machine_id: machine.id.clone(),
@@ -205,6 +204,19 @@ fn check_image(machine: &MachineFiles, generation: u64) -> Result<(), SnapshotEr
         ImageState::None => Err(unusable("there is none".to_owned())),
         ImageState::Corrupt { message } => Err(unusable(message)),
     }
+}
+
+/// An image, and the one that it lies over, in another directory, too.
+fn link_image(from: &Path, to: &Path) -> Result<(), SnapshotError> {
+    let image = from.join(header::IMAGE);
+    let header = header::read(&image).map_err(|error| SnapshotError::Unusable {
+        id: from.display().to_string(),
+        what: crate::execution::chain(&error),
+    })?;
+    if header.base.is_some() {
+        link_or_copy(&from.join(memory::BASE), &to.join(memory::BASE))?;
+    }
+    Ok(link_or_copy(&image, &to.join(header::IMAGE))?)
 }
 
 /// A second link; a copy where the file system has no more links to give.

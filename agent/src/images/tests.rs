@@ -15,6 +15,8 @@ use super::template::{Template, Templates};
 use super::{Images, ImagesError, MachineFiles};
 use crate::machine::hypervisor::ImageState;
 
+mod layers;
+
 fn template_dir(dir: &Path, name: &str, json: &str) {
     let dir = dir.join(name);
     fs::create_dir_all(&dir).unwrap();
@@ -53,10 +55,17 @@ fn manifest(machine: &MachineId) -> Manifest {
 
 /// A first page as `vmm/src/image/header.rs` lays it out.
 fn header(valid: bool, generation: u64, disk_generation: u64) -> Vec<u8> {
+    header_over(None, valid, generation, disk_generation)
+}
+
+/// The same of an image that lies over the one whose header has this checksum.
+fn header_over(base: Option<u32>, valid: bool, generation: u64, disk_generation: u64) -> Vec<u8> {
     let signature = br#"{"arch":"x86_64"}"#;
     let mut page = vec![0; HEADER_LEN];
     page[..8].copy_from_slice(b"TORPORMI");
-    page[8..12].copy_from_slice(&super::header::FORMAT.to_le_bytes());
+    let version = base.map_or(super::header::FORMAT, |_| super::header::LAYERED_FORMAT);
+    page[8..12].copy_from_slice(&version.to_le_bytes());
+    page[92..96].copy_from_slice(&base.unwrap_or(0).to_le_bytes());
     page[12..16].copy_from_slice(&u32::from(valid).to_le_bytes());
     page[16..24].copy_from_slice(&generation.to_le_bytes());
     page[24..32].copy_from_slice(&disk_generation.to_le_bytes());
@@ -366,10 +375,7 @@ fn an_image_with_two_owners_is_never_rewritten_while_a_vmm_may_read_from_it() {
     fixture.files().write_manifest(&manifest(&fixture.id)).unwrap();
     let shared = std::fs::metadata(&image).unwrap().ino();
     std::fs::hard_link(&image, other.image_path()).unwrap();
-    let target_of = |files: &MachineFiles| {
-        let fd = files.open_image_for_persist().unwrap();
-        std::fs::File::from(fd).metadata().unwrap().ino()
-    };
+    let target_of = |files: &MachineFiles| layers::opened(&files.open_image_for_persist().unwrap()).0;
     // Both are shared: each gets a file of its own.
     assert_ne!(target_of(&fixture.files()), shared);
     std::fs::write(fixture.path("memory.next"), header(true, 4, 1)).unwrap();
@@ -383,7 +389,7 @@ fn an_image_with_two_owners_is_never_rewritten_while_a_vmm_may_read_from_it() {
     assert_ne!(std::fs::metadata(&image).unwrap().ino(), shared);
     // The VMM that was restored from it may live on, so the other machine must not take it for its own.
     assert_ne!(target_of(&other), shared);
-    fixture.files().drop_base_image();
+    fixture.files().drop_spent_images();
     assert_eq!(target_of(&other), shared, "it is the only owner now");
 }
 

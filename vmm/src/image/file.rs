@@ -1,11 +1,11 @@
-//! Pages of an image and their checksums.
-//!
-//! The table of checksums is read in blocks as they are needed: a wake touches few, and a machine with much
-//! memory has a large table. In memory it is kept in step with the file while a persist writes, so that a later
-//! persist, and the pages still to be filled from the file, go on from what the file really holds.
+//! Pages of an image, each checked against the [`table`].
 
-use super::{Extent, ImageLayout};
+mod table;
+
+use self::table::Block;
+use super::{Extent, Header, ImageLayout, OpenError, read_header_page};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
+use crate::pages::runs_by;
 use crate::sys::file_view::FileView;
 use crate::sys::page_cache::cached_pages;
 use std::fs::File;
@@ -13,12 +13,9 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use twox_hash::XxHash64;
-
-/// Checksums of one block of the table, 4 KiB of it.
-const BLOCK_PAGES: u64 = 1024;
 
 /// Why a page can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -58,18 +55,21 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The checksum can't be read.
     fn may_be_zero(&self, page: u64) -> Result<bool, PageError>;
+    /// Whether the page is in another file than those of which this is not so.
+    fn is_in_base(&self, page: u64) -> bool;
     /// What [`Self::check`] looks at pages by without copying them, if there is such a thing: for pages that are in memory.
-    fn view(&self) -> Option<FileView>;
-    /// The bytes of whole pages where the view has them, each checked.
+    fn view(&self) -> Option<ImageView>;
+    /// The bytes of whole pages, all in the base or none, where the view has them, each checked.
     ///
     /// # Errors
     /// A page is not there, or is not what was written.
-    fn check<'a>(&self, pages: Range<u64>, view: &'a FileView) -> Result<&'a [u8], PageError>;
+    fn check<'a>(&self, pages: Range<u64>, view: &'a ImageView) -> Result<&'a [u8], PageError>;
     /// These pages will be read soon.
     fn will_need(&self, pages: Range<u64>);
     /// About how many of these pages would have to come from a disk; none if that can't be known.
     fn n_on_disk(&self, pages: Range<u64>) -> u64;
-    /// The file that holds all pages in order, and the offset of page `first`, if they may be mapped from it.
+    /// The file that has page `first`, and its offset there, if it may be mapped. Pages beside it follow, as far as they are in the
+    /// base like it, or not like it.
     fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)>;
 }
 
@@ -98,21 +98,48 @@ pub(super) fn zero_checksum() -> u32 {
     *SUM.get_or_init(|| page_checksum(&[0; PAGE_SIZE]))
 }
 
-#[derive(Debug)]
-struct Block {
-    sums: Vec<AtomicU32>,
-    changed: AtomicBool,
-}
-
-/// An image file and the checksums of its pages.
+/// An image file and the table of its pages, over another one that has those that are not in this one.
 #[derive(Debug)]
 pub struct ImageFile {
     file: File,
     layout: ImageLayout,
+    base: Option<Base>,
     identity: (u64, u64),
     blocks: Vec<OnceLock<Block>>,
+    /// The file held no page when this value was made.
     empty: bool,
     suspect: AtomicBool,
+    /// Pages of the base that were taken over since the file was last known to be durable.
+    unsettled: Mutex<Vec<Range<u64>>>,
+}
+
+/// An image that others may lie over. It has no base itself: a page is never further away.
+#[derive(Debug, Clone)]
+pub struct Base {
+    image: Arc<ImageFile>,
+    /// What they name it by.
+    pub(super) name: u32,
+}
+
+impl Base {
+    /// This image, if others may lie over it as it is now.
+    ///
+    /// # Errors
+    /// Its header can't be read, or is none.
+    pub fn new(image: Arc<ImageFile>) -> Result<Option<Self>, OpenError> {
+        let page = read_header_page(&image.file)?;
+        let header = Header::decode(&page)?;
+        let is_usable = header.valid && header.base.is_none();
+        let name = Header::name(&page);
+        Ok(is_usable.then_some(Self { image, name }))
+    }
+}
+
+/// The bytes of an image's pages where the page cache has them.
+#[derive(Debug)]
+pub struct ImageView {
+    own: FileView,
+    base: Option<FileView>,
 }
 
 impl ImageFile {
@@ -120,27 +147,31 @@ impl ImageFile {
     ///
     /// # Errors
     /// It can't be examined.
-    pub fn open(file: File, layout: ImageLayout) -> io::Result<Self> {
-        Self::new(file, layout, false)
+    pub fn open(file: File, layout: ImageLayout, base: Option<Base>) -> io::Result<Self> {
+        Self::new(file, layout, base, false)
     }
 
-    /// A file that holds no page yet: all are zero.
+    /// A file that holds no page yet: all are those of the base, or zero.
     ///
     /// # Errors
     /// It can't be examined.
-    pub fn empty(file: File, layout: ImageLayout) -> io::Result<Self> {
-        Self::new(file, layout, true)
+    pub fn empty(file: File, layout: ImageLayout, base: Option<Base>) -> io::Result<Self> {
+        Self::new(file, layout, base, true)
     }
 
-    fn new(file: File, layout: ImageLayout, empty: bool) -> io::Result<Self> {
-        let n_blocks = usize::try_from(layout.n_pages().div_ceil(BLOCK_PAGES)).unwrap_or(0);
+    fn new(file: File, layout: ImageLayout, base: Option<Base>, empty: bool) -> io::Result<Self> {
+        if base.as_ref().is_some_and(|base| base.image.layout != layout) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
         Ok(Self {
             identity: identity(&file)?,
             file,
             layout,
-            blocks: (0..n_blocks).map(|_| OnceLock::new()).collect(),
+            base,
+            blocks: table::unread_blocks(layout),
             empty,
             suspect: AtomicBool::new(false),
+            unsettled: Mutex::default(),
         })
     }
 
@@ -148,56 +179,6 @@ impl ImageFile {
     #[must_use]
     pub fn layout(&self) -> ImageLayout {
         self.layout
-    }
-
-    /// Whether another descriptor is of the same file.
-    ///
-    /// # Errors
-    /// It can't be examined.
-    pub fn is_same_file(&self, other: &File) -> io::Result<bool> {
-        Ok(self.identity == identity(other)?)
-    }
-
-    fn block(&self, page: u64) -> io::Result<(&Block, usize)> {
-        let outside = || io::Error::from(io::ErrorKind::InvalidInput);
-        let index = page / BLOCK_PAGES;
-        let slot = usize::try_from(index)
-            .ok()
-            .and_then(|i| self.blocks.get(i))
-            .ok_or_else(outside)?;
-        let within = usize::try_from(page % BLOCK_PAGES).map_err(|_| outside())?;
-        if let Some(block) = slot.get() {
-            return Ok((block, within));
-        }
-        let block = self.load(index)?;
-        Ok((slot.get_or_init(|| block), within))
-    }
-
-    fn load(&self, index: u64) -> io::Result<Block> {
-        let n = (self.layout.n_pages() - index * BLOCK_PAGES).min(BLOCK_PAGES);
-        let mut bytes = vec![0; usize::try_from(n * 4).unwrap_or(0)];
-        let sums = if self.empty {
-            (0..n).map(|_| AtomicU32::new(zero_checksum())).collect()
-        } else {
-            let offset = self.layout.checksums_offset() + index * BLOCK_PAGES * 4;
-            self.file.read_exact_at(&mut bytes, offset)?;
-            let sum = |chunk: &[u8]| u32::from_le_bytes(chunk.try_into().unwrap_or_default());
-            bytes
-                .chunks_exact(4)
-                .map(|chunk| AtomicU32::new(sum(chunk)))
-                .collect()
-        };
-        Ok(Block {
-            sums,
-            changed: AtomicBool::new(self.empty),
-        })
-    }
-
-    /// Checksum of a page as the file holds it.
-    pub(super) fn checksum(&self, page: u64) -> io::Result<u32> {
-        let (block, within) = self.block(page)?;
-        let sum = block.sums.get(within).ok_or(io::ErrorKind::InvalidInput)?;
-        Ok(sum.load(Ordering::Acquire))
     }
 
     /// Extents of all pages that are not zero, if they are no more than `limit`. By the table alone, which may take a
@@ -229,57 +210,6 @@ impl ImageFile {
         Ok(Some(extents))
     }
 
-    /// The file is about to hold a page of this checksum.
-    pub(super) fn set_checksum(&self, page: u64, sum: u32) -> io::Result<()> {
-        let (block, within) = self.block(page)?;
-        let slot = block.sums.get(within).ok_or(io::ErrorKind::InvalidInput)?;
-        if slot.swap(sum, Ordering::AcqRel) != sum {
-            block.changed.store(true, Ordering::Release);
-        }
-        Ok(())
-    }
-
-    /// A persist failed while it wrote: what reads back from the page cache need not be what the disk holds.
-    pub(super) fn suspect(&self) {
-        self.suspect.store(true, Ordering::Release);
-    }
-
-    /// A persist ended well: all that is in memory was written since, and is durable.
-    pub(super) fn trust(&self) {
-        self.suspect.store(false, Ordering::Release);
-    }
-
-    /// Whether pages that read back well may still be missing on the disk.
-    pub(super) fn is_suspect(&self) -> bool {
-        self.suspect.load(Ordering::Acquire)
-    }
-
-    /// Write the blocks of the table that changed since they were last written, all loaded ones of a suspect file;
-    /// how many bytes.
-    ///
-    /// A block that can't be written counts as changed still.
-    pub(super) fn write_checksums(&self, target: &File) -> io::Result<u64> {
-        let mut n_bytes = 0;
-        for index in 0..self.blocks.len() as u64 {
-            if self.empty {
-                self.block(index * BLOCK_PAGES)?;
-            }
-            let slot = usize::try_from(index).ok().and_then(|i| self.blocks.get(i));
-            let Some(block) = slot.and_then(OnceLock::get) else {
-                continue;
-            };
-            if !block.changed.load(Ordering::Acquire) && !self.is_suspect() {
-                continue;
-            }
-            let sums = block.sums.iter().map(|sum| sum.load(Ordering::Acquire));
-            let bytes: Vec<u8> = sums.flat_map(u32::to_le_bytes).collect();
-            target.write_all_at(&bytes, self.layout.checksums_offset() + index * BLOCK_PAGES * 4)?;
-            block.changed.store(false, Ordering::Release);
-            n_bytes += bytes.len() as u64;
-        }
-        Ok(n_bytes)
-    }
-
     fn verify(&self, first: u64, content: &[u8]) -> Result<(), PageError> {
         let end = first + (content.len() / PAGE_SIZE) as u64;
         for (content, page) in content.chunks_exact(PAGE_SIZE).zip(first..) {
@@ -295,7 +225,34 @@ impl ImageFile {
 
     /// Read pages as they are, unchecked.
     pub(super) fn read_raw(&self, first: u64, buffer: &mut [u8]) -> io::Result<()> {
-        self.file.read_exact_at(buffer, self.layout.page_offset(first))
+        let end = first + (buffer.len() / PAGE_SIZE) as u64;
+        let mut rest = buffer;
+        for (run, _) in runs_by(first..end, |page| self.holds(page)) {
+            let len = PAGE_SIZE * usize::try_from(run.end - run.start).unwrap_or(0);
+            let (bytes, after) = rest.split_at_mut(len);
+            self.layer(run.start)
+                .file
+                .read_exact_at(bytes, self.layout.page_offset(run.start))?;
+            rest = after;
+        }
+        Ok(())
+    }
+
+    /// The image whose file has the page.
+    fn layer(&self, page: u64) -> &ImageFile {
+        self.base()
+            .filter(|_| !self.holds(page))
+            .map_or(self, Arc::as_ref)
+    }
+
+    fn data_view(&self) -> io::Result<FileView> {
+        let len_bytes = self.layout.n_pages() * PAGE_BYTES;
+        FileView::new(self.file.as_fd(), self.layout.data_offset(), len_bytes)
+    }
+
+    fn n_cached(&self, pages: &Range<u64>) -> io::Result<u64> {
+        let bytes = self.layout.page_offset(pages.start)..self.layout.page_offset(pages.end);
+        cached_pages(self.file.as_fd(), bytes)
     }
 }
 
@@ -317,13 +274,22 @@ impl PageSource for ImageFile {
         Ok(sum == zero_checksum())
     }
 
-    fn view(&self) -> Option<FileView> {
-        let len_bytes = self.layout.n_pages() * PAGE_BYTES;
-        FileView::new(self.file.as_fd(), self.layout.data_offset(), len_bytes).ok()
+    fn is_in_base(&self, page: u64) -> bool {
+        !self.holds(page)
     }
 
-    fn check<'a>(&self, pages: Range<u64>, view: &'a FileView) -> Result<&'a [u8], PageError> {
-        let bytes = view.bytes(pages.start * PAGE_BYTES..pages.end * PAGE_BYTES);
+    fn view(&self) -> Option<ImageView> {
+        Some(ImageView {
+            own: self.data_view().ok()?,
+            base: self.base().map(|base| base.data_view()).transpose().ok()?,
+        })
+    }
+
+    fn check<'a>(&self, pages: Range<u64>, view: &'a ImageView) -> Result<&'a [u8], PageError> {
+        let layer = view.base.as_ref().filter(|_| !self.holds(pages.start));
+        let bytes = layer
+            .unwrap_or(&view.own)
+            .bytes(pages.start * PAGE_BYTES..pages.end * PAGE_BYTES);
         let bytes = bytes.ok_or_else(|| PageError::Read {
             first: pages.start,
             end: pages.end,
@@ -334,31 +300,34 @@ impl PageSource for ImageFile {
     }
 
     fn will_need(&self, pages: Range<u64>) {
-        let offset = i64::try_from(self.layout.page_offset(pages.start));
-        let len = i64::try_from((pages.end - pages.start) * PAGE_BYTES);
-        if let (Ok(offset), Ok(len)) = (offset, len) {
-            let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
-            // A hint: without it the reads are only slower.
-            let _ = nix::fcntl::posix_fadvise(&self.file, offset, len, advice);
+        for (run, _) in runs_by(pages, |page| self.holds(page)) {
+            let offset = i64::try_from(self.layout.page_offset(run.start));
+            let len = i64::try_from((run.end - run.start) * PAGE_BYTES);
+            if let (Ok(offset), Ok(len)) = (offset, len) {
+                let advice = nix::fcntl::PosixFadviseAdvice::POSIX_FADV_WILLNEED;
+                // A hint: without it the reads are only slower.
+                let _ = nix::fcntl::posix_fadvise(&self.layer(run.start).file, offset, len, advice);
+            }
         }
     }
 
     fn n_on_disk(&self, pages: Range<u64>) -> u64 {
-        let bytes = self.layout.page_offset(pages.start)..self.layout.page_offset(pages.end);
-        let n_pages = pages.end - pages.start;
-        match cached_pages(self.file.as_fd(), bytes) {
-            Ok(n_cached) if n_cached < n_pages => {
+        let missing = |run: Range<u64>| match self.layer(run.start).n_cached(&run) {
+            Ok(n_cached) if n_cached < run.end - run.start => {
                 // Zero pages are holes, which no disk has.
                 let zero = zero_checksum();
                 let is_data = |page: &u64| self.checksum(*page).is_ok_and(|sum| sum != zero);
-                (pages.filter(is_data).count() as u64).saturating_sub(n_cached)
+                (run.filter(is_data).count() as u64).saturating_sub(n_cached)
             }
             Ok(_) | Err(_) => 0,
-        }
+        };
+        runs_by(pages, |page| self.holds(page))
+            .map(|(run, _)| missing(run))
+            .sum()
     }
 
     fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)> {
-        Some((self.file.as_fd(), self.layout.page_offset(first)))
+        Some((self.layer(first).file.as_fd(), self.layout.page_offset(first)))
     }
 }
 

@@ -1,6 +1,6 @@
 //! The first page of an image.
 
-use super::{FORMAT_VERSION, VMSTATE_CAPACITY, WORKING_SET_CAPACITY};
+use super::{FORMAT_VERSION, LAYERED_FORMAT_VERSION, VMSTATE_CAPACITY, WORKING_SET_CAPACITY};
 use crate::layout::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use torpor_api::limits::MEM_MIB;
@@ -29,7 +29,7 @@ pub enum HeaderError {
         wanted: u32,
     },
     /// Another version of the format.
-    #[error("format version is {found}, this VMM reads {FORMAT_VERSION}")]
+    #[error("format version is {found}, this VMM reads {FORMAT_VERSION} and {LAYERED_FORMAT_VERSION}")]
     Version {
         /// In the header.
         found: u32,
@@ -140,10 +140,20 @@ impl ImageLayout {
     pub fn page_offset(&self, page: u64) -> u64 {
         self.data_offset() + page * PAGE_BYTES
     }
+    /// Which pages are in this file and not in its base: one bit per page, in `u64` words. Only an image with a base has it.
+    #[must_use]
+    pub fn own_bits_offset(&self) -> u64 {
+        self.page_offset(self.n_pages)
+    }
     /// Length of the file.
     #[must_use]
-    pub fn file_len(&self) -> u64 {
-        self.page_offset(self.n_pages)
+    pub fn file_len(&self, has_base: bool) -> u64 {
+        let own_bits = if has_base {
+            self.n_pages.div_ceil(64) * 8
+        } else {
+            0
+        };
+        self.own_bits_offset() + own_bits
     }
 }
 
@@ -166,6 +176,8 @@ pub struct Header {
     pub vmstate_crc: u32,
     /// Length of the working set in bytes.
     pub working_set_len: u32,
+    /// [`Header::name`] of the image that has the pages that are not in this one, if there is such an image.
+    pub base: Option<u32>,
     /// The host that made it.
     pub host: HostSignature,
 }
@@ -201,13 +213,21 @@ impl Header {
         let mut page = [0; HEADER_LEN];
         page[..8].copy_from_slice(&MAGIC);
         let mut put32 = |at: usize, value: u32| page[at..at + 4].copy_from_slice(&value.to_le_bytes());
-        put32(8, FORMAT_VERSION);
+        put32(
+            8,
+            if self.base.is_some() {
+                LAYERED_FORMAT_VERSION
+            } else {
+                FORMAT_VERSION
+            },
+        );
         put32(12, if self.valid { FLAG_VALID } else { 0 });
         put32(40, self.n_vcpus);
         put32(44, self.vmstate_len);
         put32(48, self.vmstate_crc);
         put32(52, self.working_set_len);
         put32(88, signature_len);
+        put32(92, self.base.unwrap_or(0));
         let mut put64 = |at: usize, value: u64| page[at..at + 8].copy_from_slice(&value.to_le_bytes());
         put64(16, self.generation);
         put64(24, self.disk_generation);
@@ -220,6 +240,11 @@ impl Header {
         let sum = crc32c::crc32c(&page[..CRC_OFFSET]);
         page[CRC_OFFSET..].copy_from_slice(&sum.to_le_bytes());
         Ok(page)
+    }
+
+    /// What an image over this one names it by: it changes with whatever is written to this one.
+    pub(super) fn name(page: &[u8; HEADER_LEN]) -> u32 {
+        u32::from_le_bytes(page[CRC_OFFSET..].try_into().unwrap_or_default())
     }
 
     /// Decode and check a page from disk.
@@ -236,9 +261,11 @@ impl Header {
         if found != wanted {
             return Err(HeaderError::Checksum { found, wanted });
         }
-        if get32(8) != FORMAT_VERSION {
-            return Err(HeaderError::Version { found: get32(8) });
-        }
+        let base = match get32(8) {
+            FORMAT_VERSION => None,
+            LAYERED_FORMAT_VERSION => Some(get32(92)),
+            found => return Err(HeaderError::Version { found }),
+        };
         let signature_len = get32(88) as usize;
         let signature = SIGNATURE_OFFSET
             .checked_add(signature_len)
@@ -255,6 +282,7 @@ impl Header {
             vmstate_len: get32(44),
             vmstate_crc: get32(48),
             working_set_len: get32(52),
+            base,
             host: serde_json::from_slice(signature).map_err(|_| HeaderError::Signature)?,
         };
         header.check_ranges([get64(56), get64(64), get64(72), get64(80)])?;
@@ -305,13 +333,17 @@ mod tests {
             vmstate_len: 10_000,
             vmstate_crc: 0xdead_beef,
             working_set_len: 88,
+            base: None,
             host: HostSignature::new("x86_64", "AuthenticAMD", 23, 1, 2, b"features"),
         }
     }
 
     #[test]
     fn a_header_survives_the_disk() {
-        assert_eq!(Header::decode(&header().encode().unwrap()).unwrap(), header());
+        for base in [None, Some(0), Some(0xfeed_f00d)] {
+            let header = Header { base, ..header() };
+            assert_eq!(Header::decode(&header.encode().unwrap()).unwrap(), header);
+        }
     }
 
     #[test]
@@ -322,7 +354,11 @@ mod tests {
             assert!(layout.working_set_offset() >= layout.checksums_offset() + layout.n_pages() * 4);
             assert!(layout.data_offset() >= layout.working_set_offset() + WORKING_SET_CAPACITY);
             assert_eq!(layout.data_offset() % (2 << 20), 0);
-            assert_eq!(layout.file_len(), layout.data_offset() + (mem_mib << 20));
+            assert_eq!(layout.file_len(false), layout.data_offset() + (mem_mib << 20));
+            assert_eq!(
+                layout.file_len(true),
+                layout.file_len(false) + layout.n_pages() / 8
+            );
         }
     }
 

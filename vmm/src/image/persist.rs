@@ -110,7 +110,7 @@ pub struct Persist {
     pub baseline: Arc<ImageFile>,
     /// Where untouched pages are, if not in the target.
     pub source: Option<Arc<ImageFile>>,
-    /// The target holds nothing of use yet.
+    /// The target holds nothing of use yet: the baseline is all its base, or all zeros.
     pub fresh: bool,
     /// The rest of the image.
     pub contents: Contents,
@@ -183,7 +183,7 @@ impl Persist {
             &self.ram,
             &self.baseline,
             self.source.as_deref(),
-            self.fresh,
+            self.fresh && self.baseline.base().is_none(),
             &self.cancel,
         )?;
         let replaced = self.reserve(layout, &plan).and_then(|()| {
@@ -212,13 +212,13 @@ impl Persist {
         let header = self.header(working_set)?;
         self.write_header(&header)?;
         self.target.sync_data().map_err(failed("clear the valid flag"))?;
-        let n_pages_bytes = self.write_pages(plan)?;
+        let n_pages_bytes = self.write_pages(plan)? + self.take_over(plan)?;
         self.punch_holes(layout, plan)?;
-        let n_checksum_bytes = self
+        let n_table_bytes = self
             .baseline
-            .write_checksums(&self.target)
+            .write_table(&self.target)
             .map_err(failed("write checksums"))?;
-        Ok((header, n_pages_bytes + n_checksum_bytes))
+        Ok((header, n_pages_bytes + n_table_bytes))
     }
 
     /// Give up the old image and write the new one; how many bytes.
@@ -282,6 +282,7 @@ impl Persist {
             vmstate_len: u32::try_from(contents.vmstate.len()).unwrap_or(u32::MAX),
             vmstate_crc: crc32c::crc32c(&contents.vmstate),
             working_set_len: u32::try_from(working_set.len()).unwrap_or(u32::MAX),
+            base: self.baseline.base_name(),
             host: contents.host.clone(),
         })
     }
@@ -300,7 +301,7 @@ impl Persist {
             self.target.set_len(0).map_err(failed("truncate the image"))?;
         }
         self.target
-            .set_len(layout.file_len())
+            .set_len(layout.file_len(self.baseline.base().is_some()))
             .map_err(failed("size the image"))?;
         let mut room = Room::in_file(&self.target);
         let reserved = self.reserve_all(&mut room, layout, plan);
@@ -315,7 +316,7 @@ impl Persist {
         let vmstate_end = layout.vmstate_offset() + self.contents.vmstate.len() as u64;
         room.reserve(0..vmstate_end.next_multiple_of(PAGE_BYTES))?;
         room.reserve(layout.checksums_offset()..layout.data_offset())?;
-        for pages in &plan.write {
+        for pages in plan.write.iter().chain(&plan.take_over) {
             check_cancel(&self.cancel)?;
             room.reserve(layout.page_offset(pages.start)..layout.page_offset(pages.end))?;
         }
@@ -342,8 +343,28 @@ impl Persist {
                 self.target
                     .write_all_at(content, offset)
                     .map_err(failed("write guest memory"))?;
+                self.baseline.hold(pages).map_err(failed("note a page"))?;
                 written_bytes += content.len() as u64;
             }
+        }
+        Ok(written_bytes)
+    }
+
+    /// Pages of the base that are to be in the image, too. The guest may be given one meanwhile: from the base, until it is
+    /// written.
+    fn take_over(&self, plan: &Plan) -> Result<u64, PersistError> {
+        let layout = self.baseline.layout();
+        let mut written_bytes = 0;
+        for pages in &plan.take_over {
+            check_cancel(&self.cancel)?;
+            let mut content = vec![0; PAGE_SIZE * usize::try_from(pages.end - pages.start).unwrap_or(0)];
+            self.baseline.read(pages.start, &mut content)?;
+            self.target
+                .write_all_at(&content, layout.page_offset(pages.start))
+                .map_err(failed("write pages of the base"))?;
+            let held = self.baseline.hold_for_now(pages.clone());
+            held.map_err(failed("note a page"))?;
+            written_bytes += content.len() as u64;
         }
         Ok(written_bytes)
     }
@@ -374,6 +395,7 @@ impl Persist {
                     .set_checksum(page, sum)
                     .map_err(failed("note a checksum"))?;
             }
+            self.baseline.hold(pages.clone()).map_err(failed("note a page"))?;
         }
         Ok(())
     }

@@ -13,10 +13,9 @@
 //! ([`super::recording`]).
 
 use super::{MemoryError, PageBitmap, Ram};
-use crate::image::{PageSource, is_zero};
+use crate::image::{ImageView, PageSource, is_zero};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::runs_by;
-use crate::sys::file_view::FileView;
 use crate::sys::process::as_fd;
 use crate::sys::uffd::{Filled, Uffd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -104,7 +103,7 @@ pub(super) struct Shared {
     pub(super) filled: PageBitmap,
     recorded: Mutex<Option<Vec<Range<u64>>>>,
     /// What the working set was checked by, until nothing has faulted for a while.
-    view: Mutex<Option<Arc<FileView>>>,
+    view: Mutex<Option<Arc<ImageView>>>,
     /// Pages that were put in place before anybody touched them, in order.
     pub(super) ahead: OnceLock<Vec<Range<u64>>>,
     counters: FillCounters,
@@ -238,7 +237,7 @@ impl Shared {
             })
     }
 
-    pub(super) fn view(&self) -> MutexGuard<'_, Option<Arc<FileView>>> {
+    pub(super) fn view(&self) -> MutexGuard<'_, Option<Arc<ImageView>>> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

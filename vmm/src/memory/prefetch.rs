@@ -12,10 +12,9 @@
 //! the persist of its own machine, which leaves pages alone that the guest did not write.
 
 use super::lazy::{FillError, Kind, LazyMemory, Run, Shared, runs};
-use crate::image::Extent;
+use crate::image::{Extent, ImageView};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
-use crate::pages::{bridged, contains, pieces, push, runs_by, union};
-use crate::sys::file_view::FileView;
+use crate::pages::{bridged, contains, pieces, runs_by, union};
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -96,7 +95,7 @@ impl LazyMemory {
             let fetched = fetched?;
             n_pages += fetched.n_pages;
             for pages in fetched.to_map {
-                push(&mut to_map, pages);
+                shared.push_mapping(&mut to_map, pages);
             }
         }
         let checked = Instant::now();
@@ -134,7 +133,7 @@ impl LazyMemory {
 #[derive(Default)]
 struct Fetched {
     n_pages: u64,
-    /// Pages that are to be mapped, in order.
+    /// Pages that are to be mapped, in order, those of a range from one file.
     to_map: Vec<Range<u64>>,
 }
 
@@ -150,7 +149,7 @@ impl Shared {
     }
 
     /// A view of an image that is in memory, kept for a while.
-    fn keep_view(&self, is_in_memory: bool) -> Option<Arc<FileView>> {
+    fn keep_view(&self, is_in_memory: bool) -> Option<Arc<ImageView>> {
         let view = Arc::new(self.source.view().filter(|_| is_in_memory)?);
         *self.view() = Some(Arc::clone(&view));
         Some(view)
@@ -160,15 +159,17 @@ impl Shared {
         &self,
         batches: &[Range<u64>],
         placement: Placement,
-        view: Option<&FileView>,
+        view: Option<&ImageView>,
     ) -> Result<Fetched, FillError> {
         let (mut buffer, mut fetched) = (Vec::new(), Fetched::default());
         for pages in batches {
             let may_map = placement == Placement::Mapped
                 && fetched.to_map.len() < MAX_MAPPINGS / 2
                 && self.source.file(pages.start).is_some();
-            let runs = runs_by(pages.clone(), |page| self.kind(page));
-            for (run, _) in runs.filter(|(_, kind)| *kind == Kind::InImage) {
+            let runs = runs_by(pages.clone(), |page| {
+                (self.kind(page), self.source.is_in_base(page))
+            });
+            for (run, _) in runs.filter(|(_, (kind, _))| *kind == Kind::InImage) {
                 let content = self.checked(&run, view, &mut buffer)?;
                 fetched.n_pages += run.end - run.start;
                 self.place_or_map(run, content, may_map.then_some(&mut fetched.to_map))?;
@@ -181,7 +182,7 @@ impl Shared {
     fn checked<'a>(
         &self,
         pages: &Range<u64>,
-        view: Option<&'a FileView>,
+        view: Option<&'a ImageView>,
         buffer: &'a mut Vec<u8>,
     ) -> Result<&'a [u8], FillError> {
         let failed = |source| FillError::Source {
@@ -213,7 +214,7 @@ impl Shared {
         let shortest = if to_map.is_some() { LONG_ZERO_RUN_PAGES } else { 1 };
         let mut put = |pages: Range<u64>, run: &Run<'_>| match &mut to_map {
             Some(to_map) if !run.zero || pages.end - pages.start < LONG_ZERO_RUN_PAGES => {
-                push(to_map, pages);
+                self.push_mapping(to_map, pages);
                 Ok(())
             }
             _ => {
@@ -237,6 +238,17 @@ impl Shared {
             first = end;
         }
         Ok(())
+    }
+
+    /// Add pages of one file behind all others.
+    fn push_mapping(&self, to_map: &mut Vec<Range<u64>>, pages: Range<u64>) {
+        let is_in_base = |page| self.source.is_in_base(page);
+        match to_map.last_mut() {
+            Some(last) if last.end == pages.start && is_in_base(last.start) == is_in_base(pages.start) => {
+                last.end = pages.end;
+            }
+            _ => to_map.push(pages),
+        }
     }
 
     /// Whether a run of so many of these pages may be zero.

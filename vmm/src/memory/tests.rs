@@ -3,9 +3,8 @@
 use super::lazy::{FillCounts, FillError, LazyMemory};
 use super::prefetch::Placement;
 use super::{GuestMemory, PageBitmap, Ram};
-use crate::image::{Extent, PageError, PageSource};
+use crate::image::{Extent, ImageView, PageError, PageSource};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
-use crate::sys::file_view::FileView;
 use crate::sys::uffd::Uffd;
 use proptest::prelude::*;
 use std::collections::HashSet;
@@ -50,10 +49,13 @@ impl PageSource for Numbered {
     fn may_be_zero(&self, _: u64) -> Result<bool, PageError> {
         Ok(true)
     }
-    fn view(&self) -> Option<FileView> {
+    fn is_in_base(&self, _: u64) -> bool {
+        false
+    }
+    fn view(&self) -> Option<ImageView> {
         None
     }
-    fn check<'a>(&self, _: Range<u64>, _: &'a FileView) -> Result<&'a [u8], PageError> {
+    fn check<'a>(&self, _: Range<u64>, _: &'a ImageView) -> Result<&'a [u8], PageError> {
         unreachable!("there is no view")
     }
     fn n_on_disk(&self, _: Range<u64>) -> u64 {

@@ -41,12 +41,24 @@ impl Files {
     /// # Errors
     /// It did not come with the request.
     pub fn take(&mut self, role: FdRole) -> Result<OwnedFd, VmError> {
-        let index = self
-            .fds
-            .iter()
-            .position(|(r, _)| *r == role)
-            .ok_or(VmError::MissingFd(role))?;
-        Ok(self.fds.swap_remove(index).1)
+        self.take_if_any(role).ok_or(VmError::MissingFd(role))
+    }
+
+    /// Take one out that need not have come.
+    pub fn take_if_any(&mut self, role: FdRole) -> Option<OwnedFd> {
+        let index = self.fds.iter().position(|(r, _)| *r == role)?;
+        Some(self.fds.swap_remove(index).1)
+    }
+
+    /// Take out what an image is written to.
+    ///
+    /// # Errors
+    /// It did not come with the request.
+    pub fn take_target(&mut self) -> Result<Target, VmError> {
+        Ok(Target {
+            image: File::from(self.take(FdRole::Image)?),
+            base: self.take_if_any(FdRole::ImageBase).map(File::from),
+        })
     }
 
     pub(super) fn take_backends(&mut self, console_limit: u64) -> Result<Backends, VmError> {
@@ -61,6 +73,15 @@ impl Files {
             console_limit,
         })
     }
+}
+
+/// Where an image is written.
+#[derive(Debug)]
+pub struct Target {
+    /// The file.
+    pub image: File,
+    /// The image that it is to lie over if it is not rewritten in place.
+    pub base: Option<File>,
 }
 
 /// A VM without memory.

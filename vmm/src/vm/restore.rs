@@ -51,13 +51,14 @@ impl Prepared {
     ) -> Result<(Vm, RestoreTrace), VmError> {
         let started = Instant::now();
         let image = File::from(files.take(FdRole::Image)?);
+        let base = files.take_if_any(FdRole::ImageBase).map(File::from);
         let backends = files.take_backends(request.console_limit)?;
         let OpenImage {
             file,
             vmstate,
             working_set,
             ..
-        } = image::open(image, &self.expected(request))?;
+        } = image::open(image, base, &self.expected(request))?;
         let state = decode(vmstate, self.vcpus.len())?;
         let file = Arc::new(file);
         let mut trace = RestoreTrace {

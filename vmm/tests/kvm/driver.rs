@@ -65,6 +65,18 @@ impl Machine {
             .unwrap_or_else(|e| panic!("{name}: {e}"))
     }
 
+    /// The image that others lie over, if there is one.
+    pub fn image_base(&self) -> Option<File> {
+        File::open(self.dir.join("memory.base")).ok()
+    }
+
+    /// The image `name`, and the one that it lies over or is to lie over.
+    fn image(&self, name: &str) -> Vec<(FdRole, OwnedFd)> {
+        let mut fds = vec![(FdRole::Image, self.open(name).into())];
+        fds.extend(self.image_base().map(|base| (FdRole::ImageBase, base.into())));
+        fds
+    }
+
     fn backends(&self) -> Vec<(FdRole, OwnedFd)> {
         let socket = self.dir.join("vsock.sock");
         let _ = std::fs::remove_file(&socket);
@@ -297,10 +309,7 @@ impl Vmm {
         fork: bool,
     ) -> Result<RestoreTrace, VmmError> {
         let mut fds = machine.backends();
-        fds.push((
-            FdRole::Image,
-            File::open(machine.dir.join(name)).expect("image").into(),
-        ));
+        fds.extend(machine.image(name));
         let request = Request::Restore {
             console_limit: 64 << 20,
             generation,
@@ -323,8 +332,7 @@ impl Vmm {
 
     /// Begin to write it to the image `name`.
     pub fn begin_persist(&mut self, machine: &Machine, name: &str, generation: u64) {
-        let image = machine.open(name).into();
-        let begun = self.call(Request::Persist { generation }, vec![(FdRole::Image, image)]);
+        let begun = self.call(Request::Persist { generation }, machine.image(name));
         assert_eq!(begun, Ok(Reply::Done));
     }
 

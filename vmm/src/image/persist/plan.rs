@@ -1,4 +1,4 @@
-//! Which pages a persist writes and which it makes holes.
+//! Which pages a persist writes, which it makes holes, and which it takes over from the base under the image.
 //!
 //! A page that is present, and not that of a mapped image, is compared with what the image holds. Any other was not
 //! written since the restore, and keeps what the image has, unless the guest gave it back, which makes it zero;
@@ -10,9 +10,14 @@ use crate::image::file::page_checksum;
 use crate::image::{ImageFile, PageSource, is_zero};
 use crate::layout::PAGE_SIZE;
 use crate::memory::Ram;
-use crate::pages::{contains, pieces, push};
+use crate::pages::{contains, pieces, push, union};
 use std::ops::Range;
 use std::sync::atomic::AtomicBool;
+
+/// Pages of the base between two that the image has itself that are put into it, too: a wake maps every run of pages from one file by
+/// itself. The http guest's image has 8,000 pages of its own in 280 runs, and 16 bring that to 45 with 1,500 pages more; 32
+/// would bring it to 32 with 1,800.
+const TAKE_OVER_GAP_PAGES: u64 = 16;
 
 /// What to write.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -21,16 +26,18 @@ pub struct Plan {
     pub write: Vec<Range<u64>>,
     /// Pages to be made holes, in order.
     pub punch: Vec<Range<u64>>,
+    /// Pages of the base to be put into the image unchanged, in order.
+    pub take_over: Vec<Range<u64>>,
     /// Pages present in memory.
     pub present_pages: u64,
     /// Pages of those that are all zero.
     pub zero_pages: u64,
     present: Vec<Range<u64>>,
-    fresh: bool,
+    blank: bool,
 }
 
 impl Plan {
-    /// Compare memory with the image.
+    /// Compare memory with the image, which is all zeros if it is `blank`.
     ///
     /// # Errors
     /// Cancelled, or the image can't be read.
@@ -38,18 +45,18 @@ impl Plan {
         ram: &Ram,
         baseline: &ImageFile,
         source: Option<&ImageFile>,
-        fresh: bool,
+        blank: bool,
         cancel: &AtomicBool,
     ) -> Result<Self, PersistError> {
         let mut plan = Self {
             present: ram.own_pages().map_err(failed("find present pages"))?,
-            fresh,
+            blank,
             ..Self::default()
         };
         let mut buffers = Buffers::new();
         let mut from = 0;
         for pages in plan.present.clone() {
-            plan.absent(ram, source, from..pages.start, &mut buffers, cancel)?;
+            plan.absent(ram, baseline, source, from..pages.start, &mut buffers, cancel)?;
             for chunk in pieces(pages.clone(), CHUNK_PAGES) {
                 check_cancel(cancel)?;
                 plan.present_chunk(ram, baseline, chunk, &mut buffers)?;
@@ -57,7 +64,11 @@ impl Plan {
             plan.present_pages += pages.end - pages.start;
             from = pages.end;
         }
-        plan.absent(ram, source, from..ram.layout().n_pages(), &mut buffers, cancel)?;
+        let rest = from..ram.layout().n_pages();
+        plan.absent(ram, baseline, source, rest, &mut buffers, cancel)?;
+        if baseline.base().is_some() {
+            plan.close_gaps(baseline, &mut buffers)?;
+        }
         Ok(plan)
     }
 
@@ -87,9 +98,9 @@ impl Plan {
             let bytes = &buffers.new[at..at + PAGE_SIZE];
             let zero = is_zero(bytes);
             self.zero_pages += u64::from(zero);
-            // A fresh file is all zeros; otherwise equal checksums do not make equal pages. What a failed persist
+            // A blank file is all zeros; otherwise equal checksums do not make equal pages. What a failed persist
             // left in the page cache looks written and may not be, so there no page counts as equal.
-            let same = if self.fresh {
+            let same = if self.blank {
                 zero
             } else if baseline.is_suspect() {
                 false
@@ -116,6 +127,7 @@ impl Plan {
     fn absent(
         &mut self,
         ram: &Ram,
+        baseline: &ImageFile,
         source: Option<&ImageFile>,
         pages: Range<u64>,
         buffers: &mut Buffers,
@@ -129,14 +141,62 @@ impl Plan {
                 }
             }
             let Some(source) = source else { continue };
-            for page in chunk.filter(|page| !ram.is_discarded(*page)) {
+            let is_there = |page| baseline.base().is_some_and(|base| source.takes_from(page, base));
+            for page in chunk.filter(|page| !ram.is_discarded(*page) && !is_there(*page)) {
                 let content = &mut buffers.old[..PAGE_SIZE];
                 source.read(page, content)?;
                 if !is_zero(content) {
                     push(&mut self.write, page..page + 1);
+                } else if !self.blank {
+                    // What the base has instead need not be zero.
+                    push(&mut self.punch, page..page + 1);
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Take over what of the base lies between pages that the image gets now and others that it has or gets.
+    fn close_gaps(&mut self, baseline: &ImageFile, buffers: &mut Buffers) -> Result<(), PersistError> {
+        let written = union([self.write.as_slice(), &self.punch].concat());
+        let is_own = |page: u64| baseline.holds(page) || contains(&written, page);
+        let n_pages = baseline.layout().n_pages();
+        let mut gaps = Vec::new();
+        for run in &written {
+            let before = run.start.saturating_sub(TAKE_OVER_GAP_PAGES + 1)..run.start;
+            let after = run.end..(run.end + TAKE_OVER_GAP_PAGES + 1).min(n_pages);
+            gaps.extend(
+                before
+                    .rev()
+                    .find(|page| is_own(*page))
+                    .map(|page| page + 1..run.start),
+            );
+            gaps.extend(
+                after
+                    .into_iter()
+                    .find(|page| is_own(*page))
+                    .map(|page| run.end..page),
+            );
+        }
+        for gap in union(gaps) {
+            for page in gap.filter(|page| !is_own(*page)) {
+                let content = &mut buffers.old[..PAGE_SIZE];
+                // Zeros are holes, in this image as in the base.
+                let zero = baseline.may_be_zero(page)? && {
+                    baseline.read(page, content)?;
+                    is_zero(content)
+                };
+                push(
+                    if zero {
+                        &mut self.punch
+                    } else {
+                        &mut self.take_over
+                    },
+                    page..page + 1,
+                );
+            }
+        }
+        self.punch = union(std::mem::take(&mut self.punch));
         Ok(())
     }
 }

@@ -2,7 +2,7 @@
 
 use super::{Contents, FlushDisk, Persist, PersistError};
 use crate::image::{
-    self, Expected, Extent, HostSignature, ImageFile, ImageLayout, OpenError, OpenImage, PageSource,
+    self, Base, Expected, Extent, HostSignature, ImageFile, ImageLayout, OpenError, OpenImage, PageSource,
 };
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
 use crate::memory::lazy::LazyMemory;
@@ -42,6 +42,8 @@ struct Guest {
     ram: Arc<Ram>,
     baseline: Option<Arc<ImageFile>>,
     source: Option<Arc<ImageFile>>,
+    /// What a new image is to lie over.
+    base: Option<Arc<ImageFile>>,
 }
 
 impl Guest {
@@ -54,12 +56,18 @@ impl Guest {
             ram,
             baseline: None,
             source: None,
+            base: None,
         }
     }
 
     fn restore(file: &File, generation: u64) -> Self {
+        Self::restore_over(file, None, generation)
+    }
+
+    fn restore_over(file: &File, base: Option<&File>, generation: u64) -> Self {
+        let base = base.map(|base| base.try_clone().unwrap());
         let OpenImage { file, vmstate, .. } =
-            image::open(file.try_clone().unwrap(), &expected(generation)).unwrap();
+            image::open(file.try_clone().unwrap(), base, &expected(generation)).unwrap();
         assert_eq!(vmstate, generation.to_le_bytes());
         let mut guest = Self::boot();
         let file = Arc::new(file);
@@ -74,6 +82,12 @@ impl Guest {
         guest.baseline = Some(Arc::clone(&file));
         guest.source = Some(file);
         guest
+    }
+
+    /// From here on somebody else has the image, too, and the next one is a new file over it or over what it lies over.
+    fn share(&mut self) {
+        let image = self.baseline.as_ref().unwrap();
+        self.base = Some(Arc::clone(image.base().unwrap_or(image)));
     }
 
     fn write(&self, page: u64, value: u64) {
@@ -99,7 +113,12 @@ impl Guest {
             .as_ref()
             .is_some_and(|b| b.is_same_file(file).unwrap());
         let layout = ImageLayout::new(MEM_BYTES);
-        let empty = || Arc::new(ImageFile::empty(file.try_clone().unwrap(), layout).unwrap());
+        let base = || {
+            self.base
+                .as_ref()
+                .and_then(|base| Base::new(Arc::clone(base)).unwrap())
+        };
+        let empty = || Arc::new(ImageFile::empty(file.try_clone().unwrap(), layout, base()).unwrap());
         Persist {
             ram: Arc::clone(&self.ram),
             target: file.try_clone().unwrap(),
@@ -150,7 +169,12 @@ impl Guest {
 
 /// Memory as the image file alone tells it.
 fn reconstruct(file: &File, generation: u64) -> Vec<u8> {
-    let image = image::open(file.try_clone().unwrap(), &expected(generation)).unwrap();
+    reconstruct_over(file, None, generation)
+}
+
+fn reconstruct_over(file: &File, base: Option<&File>, generation: u64) -> Vec<u8> {
+    let base = base.map(|base| base.try_clone().unwrap());
+    let image = image::open(file.try_clone().unwrap(), base, &expected(generation)).unwrap();
     let mut bytes = vec![0; usize::try_from(MEM_BYTES).unwrap()];
     image.file.read(0, &mut bytes).unwrap();
     bytes
@@ -202,7 +226,7 @@ fn an_image_tells_where_its_data_is_if_that_is_not_too_much() {
     }
     let file = image_file();
     guest.persist(&file, 1);
-    let image = image::open(file, &expected(1)).unwrap().file;
+    let image = image::open(file, None, &expected(1)).unwrap().file;
     let expected = [0..3, 5000..5002].map(|pages| Extent::new(pages).unwrap());
     assert_eq!(image.data_extents(5).unwrap().unwrap(), expected);
     assert!(image.data_extents(4).unwrap().is_none());
@@ -244,7 +268,7 @@ fn a_cancelled_persist_leaves_no_valid_image_and_the_next_one_is_right() {
     }));
     assert!(matches!(job.run(), Err(PersistError::Cancelled)));
     assert!(matches!(
-        image::open(file.try_clone().unwrap(), &expected(2)),
+        image::open(file.try_clone().unwrap(), None, &expected(2)),
         Err(OpenError::Incomplete)
     ));
     (100..200).for_each(|page| woken.write(page, page + 5000));
@@ -260,7 +284,7 @@ fn what_was_copied_ahead_is_not_written_again_and_is_no_image_by_itself() {
     let file = image_file();
     assert!(guest.pre_copy(&file) >= 600 * PAGE_BYTES);
     assert!(matches!(
-        image::open(file.try_clone().unwrap(), &expected(0)),
+        image::open(file.try_clone().unwrap(), None, &expected(0)),
         Err(OpenError::Incomplete)
     ));
     (0..20).for_each(|page| guest.write(page, page + 1000));
@@ -336,7 +360,7 @@ fn a_disk_that_cannot_be_flushed_leaves_no_valid_image() {
     ));
     // It was to be the machine's first: nothing of it is kept.
     assert_eq!(file.metadata().unwrap().blocks(), 0);
-    assert!(image::open(file, &expected(1)).is_err());
+    assert!(image::open(file, None, &expected(1)).is_err());
 }
 
 #[test]
@@ -350,7 +374,7 @@ fn after_a_failed_persist_nothing_that_it_wrote_is_taken_to_be_on_the_disk() {
     let failing = || Err(io::Error::from_raw_os_error(libc::EIO));
     assert!(woken.job(&file, 2, Box::new(failing), false).run().is_err());
     assert!(matches!(
-        image::open(file.try_clone().unwrap(), &expected(2)),
+        image::open(file.try_clone().unwrap(), None, &expected(2)),
         Err(OpenError::Incomplete)
     ));
     // What a lost write looks like: the new page reads back from the page cache, the table of checksums no more.
@@ -389,6 +413,149 @@ fn a_fork_takes_untouched_pages_over_into_its_own_image() {
 }
 
 #[test]
+fn an_image_over_another_holds_what_differs_and_what_lies_close_between() {
+    let mut parent = Guest::boot();
+    (0..600).for_each(|page| parent.write(page, page + 1));
+    let parents = image_file();
+    parent.persist(&parents, 1);
+    let mut child = Guest::restore(&parents, 1);
+    child.share();
+    child.write(100, 7);
+    child.write(117, 7);
+    child.write(135, 7);
+    child.write(300, 301);
+    child.discard(400);
+    let own = image_file();
+    let stats = child.persist(&own, 2);
+    assert_eq!(stats.written_pages, 3, "a page was written that the base has");
+    assert!(reconstruct_over(&own, Some(&parents), 2) == child.dump());
+    let image = child.baseline.clone().unwrap();
+    let held: Vec<_> = (0..600).filter(|page| image.holds(*page)).collect();
+    let wanted: Vec<_> = (100..=117).chain([135, 400]).collect();
+    assert_eq!(held, wanted, "16 pages between two are taken over, 17 are not");
+
+    let mut woken = Guest::restore_over(&own, Some(&parents), 2);
+    woken.write(134, 9);
+    woken.persist(&own, 3);
+    assert!(reconstruct_over(&own, Some(&parents), 3) == woken.dump());
+    assert!(reconstruct(&parents, 1) == parent.dump(), "the base changed");
+}
+
+#[test]
+fn an_image_whose_image_is_shared_gets_a_new_file_over_the_same_base() {
+    let mut parent = Guest::boot();
+    (0..600).for_each(|page| parent.write(page, page + 1));
+    let parents = image_file();
+    parent.persist(&parents, 1);
+    let mut child = Guest::restore(&parents, 1);
+    child.share();
+    child.write(100, 7);
+    child.write(300, 0);
+    child.discard(400);
+    let childs = image_file();
+    child.persist(&childs, 2);
+    let mut grandchild = Guest::restore_over(&childs, Some(&parents), 2);
+    grandchild.share();
+    grandchild.write(500, 8);
+    let own = image_file();
+    let stats = grandchild.persist(&own, 3);
+    assert_eq!(stats.written_pages, 2, "its own page and its parent's");
+    assert!(reconstruct_over(&own, Some(&parents), 3) == grandchild.dump());
+}
+
+#[test]
+fn pages_taken_over_by_a_persist_that_failed_are_the_bases_again() {
+    let mut parent = Guest::boot();
+    (0..600).for_each(|page| parent.write(page, page + 1));
+    let parents = image_file();
+    parent.persist(&parents, 1);
+    let mut child = Guest::restore(&parents, 1);
+    child.share();
+    child.write(100, 7);
+    let own = image_file();
+    child.persist(&own, 2);
+    let woken = Guest::restore_over(&own, Some(&parents), 2);
+    woken.write(110, 7);
+    let failing = || Err(io::Error::from_raw_os_error(libc::EIO));
+    assert!(woken.job(&own, 3, Box::new(failing), false).run().is_err());
+    let image = woken.baseline.clone().unwrap();
+    assert!(
+        !image.holds(105),
+        "a page that the disk may not have counts as written"
+    );
+    // What a lost write looks like.
+    let layout = ImageLayout::new(MEM_BYTES);
+    let lost = vec![0; 9 * PAGE_SIZE];
+    own.write_all_at(&lost, layout.page_offset(101)).unwrap();
+    let mut woken = woken;
+    woken.persist(&own, 4);
+    assert!(image.holds(105));
+    assert!(reconstruct_over(&own, Some(&parents), 4) == woken.dump());
+}
+
+#[test]
+fn an_image_is_not_opened_over_anything_but_its_base() {
+    let mut parent = Guest::boot();
+    (0..64).for_each(|page| parent.write(page, page + 1));
+    let parents = image_file();
+    parent.persist(&parents, 1);
+    let mut child = Guest::restore(&parents, 1);
+    child.share();
+    child.write(3, 7);
+    let own = image_file();
+    child.persist(&own, 2);
+    let open = |base: Option<&File>| {
+        let base = base.map(|base| base.try_clone().unwrap());
+        image::open(own.try_clone().unwrap(), base, &expected(2)).map(|_| ())
+    };
+    assert!(open(Some(&parents)).is_ok());
+    assert!(matches!(open(None), Err(OpenError::Base { found: "missing" })));
+    assert!(matches!(open(Some(&own)), Err(OpenError::Base { .. })));
+    assert!(open(Some(&image_file())).is_err());
+    parent.write(9, 9);
+    parent.persist(&parents, 2);
+    let error = open(Some(&parents)).unwrap_err();
+    assert!(
+        matches!(error, OpenError::Base { .. }),
+        "a base that was rewritten: {error}"
+    );
+}
+
+#[test]
+fn a_damaged_page_or_bit_of_either_file_is_found() {
+    let mut parent = Guest::boot();
+    (0..64).for_each(|page| parent.write(page, page + 1));
+    let parents = image_file();
+    parent.persist(&parents, 1);
+    let mut child = Guest::restore(&parents, 1);
+    child.share();
+    child.write(3, 7);
+    let own = image_file();
+    child.persist(&own, 2);
+    let layout = ImageLayout::new(MEM_BYTES);
+    let flip = |file: &File, offset: u64| {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, offset).unwrap();
+        file.write_all_at(&[byte[0] ^ 8], offset).unwrap();
+    };
+    let read = |page: u64| {
+        let parents = parents.try_clone().unwrap();
+        let image = image::open(own.try_clone().unwrap(), Some(parents), &expected(2)).unwrap();
+        image.file.read(page, &mut vec![0; PAGE_SIZE])
+    };
+    for (file, offset) in [
+        (&own, layout.page_offset(3)),
+        (&parents, layout.page_offset(3 + 1)),
+        (&own, layout.own_bits_offset()),
+    ] {
+        assert!(read(3).is_ok() && read(4).is_ok());
+        flip(file, offset);
+        assert!(read(3).is_err() || read(4).is_err(), "damage at {offset} passed");
+        flip(file, offset);
+    }
+}
+
+#[test]
 fn a_file_that_held_something_else_shows_none_of_it() {
     let file = image_file();
     file.set_len(300 << 20).unwrap();
@@ -410,7 +577,7 @@ fn what_does_not_fit_the_prepared_vm_is_refused() {
     let open = |change: &dyn Fn(&mut Expected)| {
         let mut wanted = expected(4);
         change(&mut wanted);
-        image::open(file.try_clone().unwrap(), &wanted).map(|_| ())
+        image::open(file.try_clone().unwrap(), None, &wanted).map(|_| ())
     };
     assert!(open(&|_| ()).is_ok());
     assert!(matches!(
@@ -446,13 +613,13 @@ fn damage_of_the_state_or_of_a_page_is_found() {
         file.write_all_at(&[byte[0] ^ 1], offset).unwrap();
     };
     damage(layout.page_offset(300) + 4095);
-    let image = image::open(file.try_clone().unwrap(), &expected(1)).unwrap();
+    let image = image::open(file.try_clone().unwrap(), None, &expected(1)).unwrap();
     let mut page = vec![0; PAGE_SIZE];
     assert!(image.file.read(300, &mut page).is_err());
     assert!(image.file.read(301, &mut page).is_ok());
     damage(layout.page_offset(300) + 4095);
     damage(layout.checksums_offset() + 4 * 301);
-    let image = image::open(file.try_clone().unwrap(), &expected(1)).unwrap();
+    let image = image::open(file.try_clone().unwrap(), None, &expected(1)).unwrap();
     assert!(image.file.read(300, &mut page).is_ok());
     assert!(
         image.file.read(301, &mut page).is_err(),
@@ -460,7 +627,7 @@ fn damage_of_the_state_or_of_a_page_is_found() {
     );
     damage(layout.vmstate_offset());
     assert!(matches!(
-        image::open(file.try_clone().unwrap(), &expected(1)),
+        image::open(file.try_clone().unwrap(), None, &expected(1)),
         Err(OpenError::StateChecksum { .. })
     ));
 }
@@ -496,6 +663,31 @@ fn a_full_disk_is_told_apart_from_a_broken_one() {
     assert!(matches!(error, PersistError::DiskFull { .. }), "{error:?}");
 }
 
+/// An image that a guest can be restored from.
+struct Durable {
+    generation: u64,
+    model: Vec<u64>,
+    file: Arc<File>,
+    base: Option<Arc<File>>,
+}
+
+impl Durable {
+    /// What was just written.
+    fn of(guest: &Guest, generation: u64, model: &[u64], file: &Arc<File>, base: &Option<Arc<File>>) -> Self {
+        let has_base = guest.baseline.as_ref().unwrap().base().is_some();
+        Self {
+            generation,
+            model: model.to_vec(),
+            file: Arc::clone(file),
+            base: base.clone().filter(|_| has_base),
+        }
+    }
+
+    fn restore(&self) -> Guest {
+        Guest::restore_over(&self.file, self.base.as_deref(), self.generation)
+    }
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Write(u64, u64),
@@ -504,6 +696,8 @@ enum Step {
     Persist,
     CancelPersist,
     PreCopy,
+    /// Somebody else has the image from here on.
+    Share,
     /// With pages put in place before it runs.
     Restore(Extent, Placement),
 }
@@ -516,6 +710,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Persist),
         1 => Just(Step::CancelPersist),
         1 => Just(Step::PreCopy),
+        2 => Just(Step::Share),
         3 => restore_step(),
     ]
 }
@@ -533,10 +728,11 @@ proptest! {
 
     #[test]
     fn every_image_equals_a_model_of_memory_after_any_life(steps in prop::collection::vec(step(), 1..60)) {
-        let file = image_file();
+        let mut file = Arc::new(image_file());
+        let mut base: Option<Arc<File>> = None;
         let mut guest = Guest::boot();
         let mut model = vec![0u64; 96];
-        let mut durable: Option<(u64, Vec<u64>)> = None;
+        let mut durable: Option<Durable> = None;
         let mut generation = 0;
         for step in steps {
             match step {
@@ -554,7 +750,7 @@ proptest! {
                 Step::Persist => {
                     generation += 1;
                     guest.persist(&file, generation);
-                    durable = Some((generation, model.clone()));
+                    durable = Some(Durable::of(&guest, generation, &model, &file, &base));
                 }
                 Step::CancelPersist => {
                     generation += 1;
@@ -571,19 +767,26 @@ proptest! {
                     guest.pre_copy(&file);
                     durable = None;
                 }
+                Step::Share => {
+                    if let Some(durable) = &durable {
+                        guest.share();
+                        base = Arc::clone(durable.base.as_ref().unwrap_or(&durable.file)).into();
+                        file = Arc::new(image_file());
+                    }
+                }
                 Step::Restore(extent, placement) => {
-                    if let Some((at, pages)) = &durable {
-                        guest = Guest::restore(&file, *at);
+                    if let Some(durable) = &durable {
+                        guest = durable.restore();
                         let backing = guest.backing.as_ref().unwrap();
                         backing.prefetch(&[extent], placement, true).unwrap();
-                        model = pages.clone();
+                        model = durable.model.clone();
                     }
                 }
             }
         }
         generation += 1;
         guest.persist(&file, generation);
-        let woken = Guest::restore(&file, generation);
+        let woken = Durable::of(&guest, generation, &model, &file, &base).restore();
         for (value, page) in model.iter().zip(0u64..) {
             let bytes = woken.page(page);
             prop_assert_eq!(u64::from_le_bytes(*bytes.first_chunk().unwrap()), *value, "page {}", page);
