@@ -481,7 +481,9 @@ fn present_pages_are_told_once_however_scattered_they_are() {
             ram.populate(page + 1..page + 2, false).unwrap();
         }
         let told = ram.present_pages().unwrap();
-        let overlap = told.windows(2).find(|pair| pair[1].pages.start < pair[0].pages.end);
+        let overlap = told
+            .windows(2)
+            .find(|pair| pair[1].pages.start < pair[0].pages.end);
         assert_eq!(overlap, None);
         let own: Vec<_> = ram.own_pages().unwrap().into_iter().flatten().collect();
         assert_eq!(own, (1..3 * n_kinds).step_by(3).collect::<Vec<_>>());
