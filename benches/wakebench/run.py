@@ -11,7 +11,7 @@ import time
 from wakebench import counters, lasting
 from wakebench.firecracker_side import FirecrackerSide
 from wakebench.guests import GUESTS
-from wakebench.torpor_side import TorporSide
+from wakebench.torpor_side import TorporSide, server_timing, vmm_pid
 
 
 def host_facts():
@@ -106,14 +106,15 @@ def mid_persist(recorder, side):
     """A request while the image is being written: the intact VM has to answer at once."""
     warm = warm_median_ms(side, 8)
     side.machine.sh("dd if=/dev/urandom of=/dev/shm/churn bs=1M count=48 status=none")
+    pid = vmm_pid(side.machine)
     pause = threading.Thread(target=_pause_quietly, args=(side,))
     pause.start()
-    while side.machine.status() != "pausing" and pause.is_alive():
-        pass
-    elapsed = side.request() * 1e3
+    while not side.is_persisting(pid) and pause.is_alive():
+        time.sleep(.0005)
+    elapsed, answer = side.answer()
     pause.join()
-    recorder.add({"kind": "mid-persist", "system": side.name, "warm_ms": warm, "wake_ms": elapsed,
-                  "status": side.machine.status()})
+    recorder.add({"kind": "mid-persist", "system": side.name, "warm_ms": warm, "wake_ms": elapsed * 1e3,
+                  "stages_ms": server_timing(answer), "status": side.machine.status()})
 
 
 def _pause_quietly(side):

@@ -54,8 +54,17 @@ class TorporSide:
         except (OSError, RuntimeError):
             return None
 
+    def is_persisting(self, pid):
+        """Whether the machine's VMM `pid` writes its image now: a thread of that name does it."""
+        names = pathlib.Path("/proc", str(pid), "task").glob("*/comm")
+        return any(name.read_text() == "persist\n" for name in names)
+
+    def answer(self):
+        """Seconds to the first byte, and the answer."""
+        return first_byte(self.address, self.guest, time.monotonic)
+
     def request(self):
-        return first_byte(self.address, self.guest, time.monotonic)[0]
+        return self.answer()[0]
 
     def pause(self, stays=False):
         """Pause to durable; the sample says what it took and wrote. Whether the VMM `stays` is torpord's configuration."""
