@@ -11,6 +11,7 @@ mod grants;
 mod policy;
 mod presence;
 mod reboot;
+mod settings;
 mod snapshots;
 mod turns;
 mod view;
@@ -21,6 +22,7 @@ pub use fork::{ForkOrder, TemplateSnapshotOrder};
 pub use policy::{PolicyRule, check_lease_and_wake};
 pub use presence::Presence;
 pub use reboot::Reshape;
+pub use settings::Settings;
 pub use snapshots::SnapshotOrder;
 pub use view::{MachineQuery, status_counts};
 
@@ -46,55 +48,13 @@ use tokio::sync::{Notify, Semaphore, mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use torpor_api::activity::ActivitySource;
-use torpor_api::http::{Endpoints, ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
+use torpor_api::http::{ExecRequest, ExecResult, MachineStatus, ResumeFrom, WakePolicy};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
 const COMMAND_QUEUE_LEN: usize = 64;
 
 /// A wake that ends in the same moment as its caller's patience may still say how.
 const LAST_WORD: Duration = Duration::from_millis(100);
-
-/// Bounds and addresses.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// Longest wait of a request for a wake; the wake goes on after it.
-    pub wake_timeout: Duration,
-    /// Longest wait of a pause for requests in flight.
-    pub drain_grace: Duration,
-    /// Guest memory of all running machines together, in MiB.
-    pub max_running_mem_mib: u32,
-    /// A machine that nobody used for so long is put to sleep when another one waits for memory; `None` if none is.
-    pub idle_before_pause: Option<Duration>,
-    /// Most restores at a time: more of them take no less time, and each of them longer.
-    pub max_restoring: usize,
-    /// How long before a lease pauses a machine its memory is written ahead; `None` if it is not.
-    pub pre_copy_before: Option<Duration>,
-    /// Host part of service URLs.
-    pub service_host: String,
-    /// Whether HTTP services are reached with TLS.
-    pub service_tls: bool,
-    /// Where the APIs and the SSH gateway are reached.
-    pub endpoints: Endpoints,
-    /// Whether machines of a template begin with a restore once one of their shape has booted.
-    pub warm_templates: bool,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            wake_timeout: Duration::from_secs(30),
-            drain_grace: Duration::from_secs(2),
-            max_running_mem_mib: 1 << 20,
-            idle_before_pause: None,
-            max_restoring: 1024,
-            pre_copy_before: None,
-            service_host: "127.0.0.1".to_owned(),
-            service_tls: false,
-            endpoints: Endpoints::default(),
-            warm_templates: false,
-        }
-    }
-}
 
 /// Who wants a machine awake; each has its switch in the wake policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
