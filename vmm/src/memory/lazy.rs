@@ -13,7 +13,7 @@
 //! ([`super::recording`]).
 
 use super::{MemoryError, PageBitmap, Ram};
-use crate::image::{ImageView, PageSource, is_zero};
+use crate::image::{ImageView, PageError, PageSource, is_zero};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::runs_by;
 use crate::sys::process::as_fd;
@@ -47,7 +47,7 @@ pub enum FillError {
         end: u64,
         /// Why.
         #[source]
-        source: crate::image::PageError,
+        source: PageError,
     },
     /// userfaultfd failed.
     #[error("cannot place guest pages {first}..{end}")]
@@ -69,6 +69,20 @@ pub enum FillError {
         /// Host address.
         address: u64,
     },
+}
+
+impl FillError {
+    /// These pages can't be read.
+    pub(super) fn source(pages: &Range<u64>) -> impl Fn(PageError) -> Self + Copy {
+        let (first, end) = (pages.start, pages.end);
+        move |source| Self::Source { first, end, source }
+    }
+
+    /// These pages can't be put in place.
+    pub(super) fn place(pages: &Range<u64>) -> impl Fn(std::io::Error) -> Self + Copy {
+        let (first, end) = (pages.start, pages.end);
+        move |source| Self::Place { first, end, source }
+    }
 }
 
 /// Called when a page can't be given to the guest.
@@ -230,11 +244,7 @@ impl Shared {
         // Another vCPU's fault may have brought the page between this fault and now: nobody else wakes it.
         self.uffd
             .wake(self.ram.hva(page * PAGE_BYTES), PAGE_BYTES)
-            .map_err(|source| FillError::Place {
-                first: page,
-                end: page + 1,
-                source,
-            })
+            .map_err(FillError::place(&(page..page + 1)))
     }
 
     pub(super) fn view(&self) -> MutexGuard<'_, Option<Arc<ImageView>>> {
@@ -312,12 +322,9 @@ impl Shared {
             .unwrap_or(usize::MAX)
             .saturating_mul(PAGE_SIZE);
         let buffer = &mut buffer[..len];
-        let failed = |source| FillError::Source {
-            first: pages.start,
-            end: pages.end,
-            source,
-        };
-        self.source.read(pages.start, buffer).map_err(failed)?;
+        self.source
+            .read(pages.start, buffer)
+            .map_err(FillError::source(&pages))?;
         let mut page = pages.start;
         for run in runs(buffer) {
             let end = page + (run.bytes.len() / PAGE_SIZE) as u64;
@@ -338,11 +345,7 @@ impl Shared {
 
     /// Put data, or zeros, at pages of which some may be present already; those keep what they have.
     pub(super) fn place(&self, pages: Range<u64>, data: Option<&[u8]>) -> Result<(), FillError> {
-        let failed = |source| FillError::Place {
-            first: pages.start,
-            end: pages.end,
-            source,
-        };
+        let failed = FillError::place(&pages);
         let start = self.ram.hva(pages.start * PAGE_BYTES);
         let len = (pages.end - pages.start) * PAGE_BYTES;
         let mut done = 0;

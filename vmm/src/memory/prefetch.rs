@@ -185,11 +185,7 @@ impl Shared {
         view: Option<&'a ImageView>,
         buffer: &'a mut Vec<u8>,
     ) -> Result<&'a [u8], FillError> {
-        let failed = |source| FillError::Source {
-            first: pages.start,
-            end: pages.end,
-            source,
-        };
+        let failed = FillError::source(pages);
         self.count_pages(pages.end - pages.start);
         if let Some(view) = view {
             return self.source.check(pages.clone(), view).map_err(failed);
@@ -255,14 +251,7 @@ impl Shared {
     fn may_have_zeros(&self, pages: &Range<u64>, shortest: u64) -> Result<bool, FillError> {
         let mut n_zero = 0;
         for page in pages.clone() {
-            let zero = self
-                .source
-                .may_be_zero(page)
-                .map_err(|source| FillError::Source {
-                    first: pages.start,
-                    end: pages.end,
-                    source,
-                })?;
+            let zero = self.source.may_be_zero(page).map_err(FillError::source(pages))?;
             n_zero = if zero { n_zero + 1 } else { 0 };
             if n_zero >= shortest {
                 return Ok(true);
@@ -272,11 +261,7 @@ impl Shared {
     }
 
     fn map(&self, pages: Range<u64>) -> Result<(), FillError> {
-        let failed = |source| FillError::Place {
-            first: pages.start,
-            end: pages.end,
-            source,
-        };
+        let failed = FillError::place(&pages);
         let unmappable = || failed(std::io::ErrorKind::Unsupported.into());
         let (file, offset) = self.source.file(pages.start).ok_or_else(unmappable)?;
         self.ram.map_file(pages.clone(), file, offset).map_err(failed)?;

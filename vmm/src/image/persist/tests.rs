@@ -6,10 +6,8 @@ use crate::image::{
 };
 use crate::layout::{PAGE_BYTES, PAGE_SIZE, RamLayout};
 use crate::memory::lazy::LazyMemory;
-use crate::memory::prefetch::Placement;
 use crate::memory::{GuestMemory, Ram};
 use crate::sys::uffd::Uffd;
-use proptest::prelude::*;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -17,6 +15,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use torpor_api::vmm::PersistStats;
 use vm_memory::{Bytes, GuestAddress};
+
+mod layers;
+mod life;
 
 const MEM_MIB: u32 = 128;
 const MEM_BYTES: u64 = 128 << 20;
@@ -413,149 +414,6 @@ fn a_fork_takes_untouched_pages_over_into_its_own_image() {
 }
 
 #[test]
-fn an_image_over_another_holds_what_differs_and_what_lies_close_between() {
-    let mut parent = Guest::boot();
-    (0..600).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
-    child.write(100, 7);
-    child.write(117, 7);
-    child.write(135, 7);
-    child.write(300, 301);
-    child.discard(400);
-    let own = image_file();
-    let stats = child.persist(&own, 2);
-    assert_eq!(stats.written_pages, 3, "a page was written that the base has");
-    assert!(reconstruct_over(&own, Some(&parents), 2) == child.dump());
-    let image = child.baseline.clone().unwrap();
-    let held: Vec<_> = (0..600).filter(|page| image.holds(*page)).collect();
-    let wanted: Vec<_> = (100..=117).chain([135, 400]).collect();
-    assert_eq!(held, wanted, "16 pages between two are taken over, 17 are not");
-
-    let mut woken = Guest::restore_over(&own, Some(&parents), 2);
-    woken.write(134, 9);
-    woken.persist(&own, 3);
-    assert!(reconstruct_over(&own, Some(&parents), 3) == woken.dump());
-    assert!(reconstruct(&parents, 1) == parent.dump(), "the base changed");
-}
-
-#[test]
-fn an_image_whose_image_is_shared_gets_a_new_file_over_the_same_base() {
-    let mut parent = Guest::boot();
-    (0..600).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
-    child.write(100, 7);
-    child.write(300, 0);
-    child.discard(400);
-    let childs = image_file();
-    child.persist(&childs, 2);
-    let mut grandchild = Guest::restore_over(&childs, Some(&parents), 2);
-    grandchild.share();
-    grandchild.write(500, 8);
-    let own = image_file();
-    let stats = grandchild.persist(&own, 3);
-    assert_eq!(stats.written_pages, 2, "its own page and its parent's");
-    assert!(reconstruct_over(&own, Some(&parents), 3) == grandchild.dump());
-}
-
-#[test]
-fn pages_taken_over_by_a_persist_that_failed_are_the_bases_again() {
-    let mut parent = Guest::boot();
-    (0..600).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
-    child.write(100, 7);
-    let own = image_file();
-    child.persist(&own, 2);
-    let woken = Guest::restore_over(&own, Some(&parents), 2);
-    woken.write(110, 7);
-    let failing = || Err(io::Error::from_raw_os_error(libc::EIO));
-    assert!(woken.job(&own, 3, Box::new(failing), false).run().is_err());
-    let image = woken.baseline.clone().unwrap();
-    assert!(
-        !image.holds(105),
-        "a page that the disk may not have counts as written"
-    );
-    // What a lost write looks like.
-    let layout = ImageLayout::new(MEM_BYTES);
-    let lost = vec![0; 9 * PAGE_SIZE];
-    own.write_all_at(&lost, layout.page_offset(101)).unwrap();
-    let mut woken = woken;
-    woken.persist(&own, 4);
-    assert!(image.holds(105));
-    assert!(reconstruct_over(&own, Some(&parents), 4) == woken.dump());
-}
-
-#[test]
-fn an_image_is_not_opened_over_anything_but_its_base() {
-    let mut parent = Guest::boot();
-    (0..64).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
-    child.write(3, 7);
-    let own = image_file();
-    child.persist(&own, 2);
-    let open = |base: Option<&File>| {
-        let base = base.map(|base| base.try_clone().unwrap());
-        image::open(own.try_clone().unwrap(), base, &expected(2)).map(|_| ())
-    };
-    assert!(open(Some(&parents)).is_ok());
-    assert!(matches!(open(None), Err(OpenError::Base { found: "missing" })));
-    assert!(matches!(open(Some(&own)), Err(OpenError::Base { .. })));
-    assert!(open(Some(&image_file())).is_err());
-    parent.write(9, 9);
-    parent.persist(&parents, 2);
-    let error = open(Some(&parents)).unwrap_err();
-    assert!(
-        matches!(error, OpenError::Base { .. }),
-        "a base that was rewritten: {error}"
-    );
-}
-
-#[test]
-fn a_damaged_page_or_bit_of_either_file_is_found() {
-    let mut parent = Guest::boot();
-    (0..64).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
-    child.write(3, 7);
-    let own = image_file();
-    child.persist(&own, 2);
-    let layout = ImageLayout::new(MEM_BYTES);
-    let flip = |file: &File, offset: u64| {
-        let mut byte = [0];
-        file.read_exact_at(&mut byte, offset).unwrap();
-        file.write_all_at(&[byte[0] ^ 8], offset).unwrap();
-    };
-    let read = |page: u64| {
-        let parents = parents.try_clone().unwrap();
-        let image = image::open(own.try_clone().unwrap(), Some(parents), &expected(2)).unwrap();
-        image.file.read(page, &mut vec![0; PAGE_SIZE])
-    };
-    for (file, offset) in [
-        (&own, layout.page_offset(3)),
-        (&parents, layout.page_offset(3 + 1)),
-        (&own, layout.own_bits_offset()),
-    ] {
-        assert!(read(3).is_ok() && read(4).is_ok());
-        flip(file, offset);
-        assert!(read(3).is_err() || read(4).is_err(), "damage at {offset} passed");
-        flip(file, offset);
-    }
-}
-
-#[test]
 fn a_file_that_held_something_else_shows_none_of_it() {
     let file = image_file();
     file.set_len(300 << 20).unwrap();
@@ -661,136 +519,4 @@ fn a_full_disk_is_told_apart_from_a_broken_one() {
         .run()
         .unwrap_err();
     assert!(matches!(error, PersistError::DiskFull { .. }), "{error:?}");
-}
-
-/// An image that a guest can be restored from.
-struct Durable {
-    generation: u64,
-    model: Vec<u64>,
-    file: Arc<File>,
-    base: Option<Arc<File>>,
-}
-
-impl Durable {
-    /// What was just written.
-    fn of(guest: &Guest, generation: u64, model: &[u64], file: &Arc<File>, base: &Option<Arc<File>>) -> Self {
-        let has_base = guest.baseline.as_ref().unwrap().base().is_some();
-        Self {
-            generation,
-            model: model.to_vec(),
-            file: Arc::clone(file),
-            base: base.clone().filter(|_| has_base),
-        }
-    }
-
-    fn restore(&self) -> Guest {
-        Guest::restore_over(&self.file, self.base.as_deref(), self.generation)
-    }
-}
-
-#[derive(Debug, Clone)]
-enum Step {
-    Write(u64, u64),
-    Read(u64),
-    Discard(u64),
-    Persist,
-    CancelPersist,
-    PreCopy,
-    /// Somebody else has the image from here on.
-    Share,
-    /// With pages put in place before it runs.
-    Restore(Extent, Placement),
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    prop_oneof![
-        6 => (0u64..96, 0u64..4).prop_map(|(page, value)| Step::Write(page, value)),
-        3 => (0u64..96).prop_map(Step::Read),
-        2 => (0u64..96).prop_map(Step::Discard),
-        2 => Just(Step::Persist),
-        1 => Just(Step::CancelPersist),
-        1 => Just(Step::PreCopy),
-        2 => Just(Step::Share),
-        3 => restore_step(),
-    ]
-}
-
-fn restore_step() -> impl Strategy<Value = Step> {
-    let placement = prop_oneof![Just(Placement::Copied), Just(Placement::Mapped)];
-    (0u64..96, 1u64..60, any::<bool>(), placement).prop_map(|(first, n_pages, written, placement)| {
-        let extent = Extent::new(first..first + n_pages).unwrap();
-        Step::Restore(extent.with_written(written), placement)
-    })
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
-
-    #[test]
-    fn every_image_equals_a_model_of_memory_after_any_life(steps in prop::collection::vec(step(), 1..60)) {
-        let mut file = Arc::new(image_file());
-        let mut base: Option<Arc<File>> = None;
-        let mut guest = Guest::boot();
-        let mut model = vec![0u64; 96];
-        let mut durable: Option<Durable> = None;
-        let mut generation = 0;
-        for step in steps {
-            match step {
-                Step::Write(page, value) => {
-                    guest.write(page, value);
-                    model[usize::try_from(page).unwrap()] = value;
-                }
-                Step::Read(page) => {
-                    guest.page(page);
-                }
-                Step::Discard(page) => {
-                    guest.discard(page);
-                    model[usize::try_from(page).unwrap()] = 0;
-                }
-                Step::Persist => {
-                    generation += 1;
-                    guest.persist(&file, generation);
-                    durable = Some(Durable::of(&guest, generation, &model, &file, &base));
-                }
-                Step::CancelPersist => {
-                    generation += 1;
-                    let mut job = guest.job(&file, generation, Box::new(|| Ok(None)), false);
-                    let cancel = Arc::clone(&job.cancel);
-                    job.flush_disk = Some(Box::new(move || {
-                        cancel.store(true, std::sync::atomic::Ordering::Release);
-                        Ok(None)
-                    }));
-                    prop_assert!(matches!(job.run(), Err(PersistError::Cancelled)));
-                    durable = None;
-                }
-                Step::PreCopy => {
-                    guest.pre_copy(&file);
-                    durable = None;
-                }
-                Step::Share => {
-                    if let Some(durable) = &durable {
-                        guest.share();
-                        base = Arc::clone(durable.base.as_ref().unwrap_or(&durable.file)).into();
-                        file = Arc::new(image_file());
-                    }
-                }
-                Step::Restore(extent, placement) => {
-                    if let Some(durable) = &durable {
-                        guest = durable.restore();
-                        let backing = guest.backing.as_ref().unwrap();
-                        backing.prefetch(&[extent], placement, true).unwrap();
-                        model = durable.model.clone();
-                    }
-                }
-            }
-        }
-        generation += 1;
-        guest.persist(&file, generation);
-        let woken = Durable::of(&guest, generation, &model, &file, &base).restore();
-        for (value, page) in model.iter().zip(0u64..) {
-            let bytes = woken.page(page);
-            prop_assert_eq!(u64::from_le_bytes(*bytes.first_chunk().unwrap()), *value, "page {}", page);
-            prop_assert!(bytes == guest.page(page), "page {} differs", page);
-        }
-    }
 }
