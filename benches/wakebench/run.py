@@ -13,6 +13,9 @@ from wakebench.firecracker_side import FirecrackerSide
 from wakebench.guests import GUESTS
 from wakebench.torpor_side import TorporSide, server_timing, vmm_pid
 
+# A wake that reads more than this from the disk did not find its image in the page cache.
+NOT_HOT_BYTES = 1 << 20
+
 
 def host_facts():
     with open("/proc/cpuinfo") as file:
@@ -98,7 +101,11 @@ def one_cycle(recorder, side, cache, warm_requests, asleep_s=0):
         raise RuntimeError(f"the VMM was {'' if was_resident else 'not '}resident in a {cache} round: "
                            "see limits.resident_mem_mib in /etc/torpor/torpord.toml")
     warm = warm_median_ms(side, warm_requests)
-    recorder.add({**sample, "cache": cache, "warm_ms": warm, "overhead_ms": sample["wake_ms"] - warm})
+    from_disk = sample.get("costs", {}).get("vmm", {}).get("disk_read_bytes", 0)
+    is_lost = cache == "hot" and from_disk > NOT_HOT_BYTES
+    if is_lost:
+        recorder.say(f"{from_disk >> 20} MiB had to come from the disk: the images of this run do not fit into memory")
+    recorder.add({**sample, "cache": "lost" if is_lost else cache, "warm_ms": warm, "overhead_ms": sample["wake_ms"] - warm})
     put_to_sleep(recorder, side, cache)
 
 

@@ -182,18 +182,10 @@ impl Ram {
     /// # Errors
     /// The kernel refused.
     pub fn map(&self) -> Result<(), MemoryError> {
-        let failed = || MemoryError::Map {
+        map_empty(self.base, self.len).map_err(|source| MemoryError::Map {
             len_bytes: self.len as u64,
-            source: io::Error::last_os_error(),
-        };
-        map_empty(self.base, self.len).map_err(|_| failed())?;
-        for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
-            // SAFETY: the range is ours and mapped; this advice changes no contents.
-            if unsafe { libc::madvise(self.base, self.len, advice) } != 0 {
-                return Err(failed());
-            }
-        }
-        Ok(())
+            source,
+        })
     }
 
     /// The memslots, to be registered over the reservation.
@@ -395,17 +387,22 @@ impl Ram {
     }
 }
 
-/// Replace a part of our own reservation by memory that is zero when touched.
+/// Replace a part of our own reservation by memory that is zero when touched, and is in no fork and no core dump.
 fn map_empty(start: *mut libc::c_void, len: usize) -> io::Result<()> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | libc::MAP_FIXED;
     // SAFETY: callers name a range of the reservation, so MAP_FIXED replaces nothing else.
     let mapped = unsafe { libc::mmap(start, len, protection, flags, -1, 0) };
     if mapped == libc::MAP_FAILED {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
+        return Err(io::Error::last_os_error());
     }
+    for advice in [libc::MADV_DONTFORK, libc::MADV_DONTDUMP] {
+        // SAFETY: the range was just mapped; this advice changes no contents.
+        if unsafe { libc::madvise(start, len, advice) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
 }
 
 impl Drop for Ram {
