@@ -9,7 +9,7 @@ mod header;
 pub mod persist;
 mod working_set;
 
-pub use file::{Base, ImageFile, ImageView, PageError, PageSource, is_zero};
+pub use file::{Base, ImageFile, ImageView, PageError, PageSource, in_one_file, is_zero};
 pub use header::{Header, HeaderError, HostSignature, ImageLayout};
 pub use working_set::{
     Extent, MAX_BYTES, MAX_DOUBTED_BYTES, bounded, decode_working_set, encode_working_set, with_probation,

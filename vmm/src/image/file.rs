@@ -5,7 +5,6 @@ mod table;
 use self::table::Block;
 use super::{Extent, Header, ImageLayout, OpenError, read_header_page};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
-use crate::pages::runs_by;
 use crate::sys::file_view::FileView;
 use crate::sys::page_cache::cached_pages;
 use std::fs::File;
@@ -55,11 +54,11 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// The checksum can't be read.
     fn may_be_zero(&self, page: u64) -> Result<bool, PageError>;
-    /// Whether the page is in another file than those of which this is not so.
-    fn is_in_base(&self, page: u64) -> bool;
+    /// End of the pages from the first one on that are in the same file as that.
+    fn same_file_end(&self, pages: &Range<u64>) -> u64;
     /// What [`Self::check`] looks at pages by without copying them, if there is such a thing: for pages that are in memory.
     fn view(&self) -> Option<ImageView>;
-    /// The bytes of whole pages, all in the base or none, where the view has them, each checked.
+    /// The bytes of whole pages, all in one file, where the view has them, each checked.
     ///
     /// # Errors
     /// A page is not there, or is not what was written.
@@ -68,9 +67,22 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
     fn will_need(&self, pages: Range<u64>);
     /// About how many of these pages would have to come from a disk; none if that can't be known.
     fn n_on_disk(&self, pages: Range<u64>) -> u64;
-    /// The file that has page `first`, and its offset there, if it may be mapped. Pages beside it follow, as far as they are in the
-    /// base like it, or not like it.
+    /// The file that has page `first`, and its offset there, if it may be mapped. Pages after it follow, as far as they are in the
+    /// same file.
     fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)>;
+}
+
+/// The pages in parts that are in one file each.
+pub fn in_one_file<S: PageSource + ?Sized>(
+    source: &S,
+    pages: Range<u64>,
+) -> impl Iterator<Item = Range<u64>> {
+    let mut rest = pages;
+    std::iter::from_fn(move || {
+        let part = (!rest.is_empty()).then(|| rest.start..source.same_file_end(&rest))?;
+        rest.start = part.end;
+        Some(part)
+    })
 }
 
 /// Whether all bytes are zero.
@@ -227,7 +239,7 @@ impl ImageFile {
     pub(super) fn read_raw(&self, first: u64, buffer: &mut [u8]) -> io::Result<()> {
         let end = first + (buffer.len() / PAGE_SIZE) as u64;
         let mut rest = buffer;
-        for (run, _) in runs_by(first..end, |page| self.holds(page)) {
+        for run in in_one_file(self, first..end) {
             let len = PAGE_SIZE * usize::try_from(run.end - run.start).unwrap_or(0);
             let (bytes, after) = rest.split_at_mut(len);
             self.layer(run.start)
@@ -274,8 +286,8 @@ impl PageSource for ImageFile {
         Ok(sum == zero_checksum())
     }
 
-    fn is_in_base(&self, page: u64) -> bool {
-        !self.holds(page)
+    fn same_file_end(&self, pages: &Range<u64>) -> u64 {
+        self.layer_end(pages)
     }
 
     fn view(&self) -> Option<ImageView> {
@@ -300,7 +312,7 @@ impl PageSource for ImageFile {
     }
 
     fn will_need(&self, pages: Range<u64>) {
-        for (run, _) in runs_by(pages, |page| self.holds(page)) {
+        for run in in_one_file(self, pages) {
             let offset = i64::try_from(self.layout.page_offset(run.start));
             let len = i64::try_from((run.end - run.start) * PAGE_BYTES);
             if let (Ok(offset), Ok(len)) = (offset, len) {
@@ -321,9 +333,7 @@ impl PageSource for ImageFile {
             }
             Ok(_) | Err(_) => 0,
         };
-        runs_by(pages, |page| self.holds(page))
-            .map(|(run, _)| missing(run))
-            .sum()
+        in_one_file(self, pages).map(missing).sum()
     }
 
     fn file(&self, first: u64) -> Option<(BorrowedFd<'_>, u64)> {

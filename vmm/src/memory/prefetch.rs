@@ -12,7 +12,7 @@
 //! the persist of its own machine, which leaves pages alone that the guest did not write.
 
 use super::lazy::{FillError, Kind, LazyMemory, Run, Shared, runs};
-use crate::image::{Extent, ImageView};
+use crate::image::{Extent, ImageView, in_one_file};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::{bridged, contains, pieces, runs_by, union};
 use std::ops::Range;
@@ -166,10 +166,9 @@ impl Shared {
             let may_map = placement == Placement::Mapped
                 && fetched.to_map.len() < MAX_MAPPINGS / 2
                 && self.source.file(pages.start).is_some();
-            let runs = runs_by(pages.clone(), |page| {
-                (self.kind(page), self.source.is_in_base(page))
-            });
-            for (run, _) in runs.filter(|(_, (kind, _))| *kind == Kind::InImage) {
+            let runs = in_one_file(&*self.source, pages.clone())
+                .flat_map(|part| runs_by(part, |page| self.kind(page)));
+            for (run, _) in runs.filter(|(_, kind)| *kind == Kind::InImage) {
                 let content = self.checked(&run, view, &mut buffer)?;
                 fetched.n_pages += run.end - run.start;
                 self.place_or_map(run, content, may_map.then_some(&mut fetched.to_map))?;
@@ -238,9 +237,11 @@ impl Shared {
 
     /// Add pages of one file behind all others.
     fn push_mapping(&self, to_map: &mut Vec<Range<u64>>, pages: Range<u64>) {
-        let is_in_base = |page| self.source.is_in_base(page);
         match to_map.last_mut() {
-            Some(last) if last.end == pages.start && is_in_base(last.start) == is_in_base(pages.start) => {
+            Some(last)
+                if last.end == pages.start
+                    && self.source.same_file_end(&(last.end - 1..pages.end)) == pages.end =>
+            {
                 last.end = pages.end;
             }
             _ => to_map.push(pages),

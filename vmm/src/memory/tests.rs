@@ -49,8 +49,8 @@ impl PageSource for Numbered {
     fn may_be_zero(&self, _: u64) -> Result<bool, PageError> {
         Ok(true)
     }
-    fn is_in_base(&self, _: u64) -> bool {
-        false
+    fn same_file_end(&self, pages: &Range<u64>) -> u64 {
+        pages.end
     }
     fn view(&self) -> Option<ImageView> {
         None

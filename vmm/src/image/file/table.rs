@@ -116,6 +116,31 @@ impl ImageFile {
             })
     }
 
+    /// End of the pages from the first one on that are in the same file as that. By words of bits: a wake asks this of
+    /// thousands of pages.
+    pub(super) fn layer_end(&self, pages: &Range<u64>) -> u64 {
+        if self.base.is_none() {
+            return pages.end;
+        }
+        let held = self.holds(pages.start);
+        let mut page = pages.start;
+        while page < pages.end {
+            // Where the table can't be read, a page is by itself; whoever wants its checksum is told.
+            let Ok((block, within)) = self.block(page) else {
+                return page.max(pages.start + 1);
+            };
+            let word = block.own.get(within / 64);
+            let word = word.map_or(0, |word| word.load(Ordering::Acquire));
+            let others = (if held { !word } else { word }) >> (within % 64);
+            let left = WORD_PAGES - page % WORD_PAGES;
+            if others != 0 {
+                return (page + u64::from(others.trailing_zeros())).min(pages.end);
+            }
+            page += left;
+        }
+        pages.end
+    }
+
     /// Whether a page is in that image, be that this one or its base.
     pub(in crate::image) fn takes_from(&self, page: u64, image: &ImageFile) -> bool {
         self.layer(page).identity == image.identity

@@ -22,6 +22,11 @@ fn an_image_over_another_holds_what_differs_and_what_lies_close_between() {
     let image = child.baseline.clone().unwrap();
     let held: Vec<_> = (0..600).filter(|page| image.holds(*page)).collect();
     let wanted: Vec<_> = (100..=133).chain([167, 400]).collect();
+    for start in 0..600 {
+        let end = image.same_file_end(&(start..600));
+        let first_other = (start..600).find(|page| image.holds(*page) != image.holds(start));
+        assert_eq!(end, first_other.unwrap_or(600), "from {start}");
+    }
     assert_eq!(held, wanted, "32 pages between two are taken over, 33 are not");
 
     let mut woken = Guest::restore_over(&own, Some(&parents), 2);
