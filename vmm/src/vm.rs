@@ -28,6 +28,7 @@ use crate::layout::PAGE_SIZE;
 use crate::memory::lazy::FillCounts;
 use crate::memory::{Backing, Ram};
 use crate::pm1::Pm1;
+use crate::sys::process;
 use crate::vcpu::Vcpu;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -300,6 +301,7 @@ impl Vm {
     /// The first response byte left.
     pub fn first_byte(&mut self) {
         self.record_working_set(true);
+        process::trim_heap();
     }
 
     /// Best effort: without a set the next wake is slower. What a run touched that answered nobody may be far more
