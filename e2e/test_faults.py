@@ -11,7 +11,6 @@ import pytest
 import torpor
 
 
-
 def answers(machine):
     """The machine's state in RAM, through whatever it takes; None while it can't be had."""
     with contextlib.suppress(OSError, torpor.ApiFailure):
@@ -37,7 +36,7 @@ def assert_same_life(machine, before):
 
 def vmm_pid(machine):
     """PID of the VMM that runs a machine; a scope of its own must hold it, or it would die with torpord."""
-    pid = torpor.vmm_pid(machine.get()["execution_id"])
+    pid = machine.vmm_pid()
     cgroup = pathlib.Path(f"/proc/{pid}/cgroup").read_text()
     assert "/torpor-vmm-" in cgroup and ".scope" in cgroup, cgroup
     return pid

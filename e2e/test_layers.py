@@ -13,7 +13,7 @@ def size(machine, name):
 
 def mapped_inodes(machine):
     """Files that the VMM of a running machine has mapped."""
-    maps = pathlib.Path(f"/proc/{torpor.vmm_pid(machine.get()['execution_id'])}/maps").read_text()
+    maps = pathlib.Path(f"/proc/{machine.vmm_pid()}/maps").read_text()
     return {int(line.split()[4]) for line in maps.splitlines()}
 
 

@@ -113,6 +113,10 @@ class Machine:
     def url(self, path="/", port=SERVICE_PORT):
         return self.service(port)["url"].rstrip("/") + path
 
+    def vmm_pid(self):
+        """Process of the VMM that runs it."""
+        return vmm_pid(self.get()["execution_id"])
+
     def start_counter(self, pattern_mib=0, port=SERVICE_PORT):
         """Start guest/counter.py inside and wait until it answers through the proxy."""
         source = (GUEST_DIR / "counter.py").read_text()

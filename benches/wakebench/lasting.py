@@ -3,7 +3,7 @@ import os
 import pathlib
 import time
 
-from wakebench.torpor_side import TorporSide, torpor, vmm_pid
+from wakebench.torpor_side import TorporSide, torpor
 
 
 def cycles(recorder, guest, count):
@@ -68,7 +68,7 @@ def clones(recorder, guest, count):
 def vmm_holds(side):
     """Memory of a machine's VMM in KiB: its share of what it maps, all of it, what is its alone, and what of that is
     not guest memory."""
-    process = pathlib.Path("/proc", str(vmm_pid(side.machine)))
+    process = pathlib.Path("/proc", str(side.machine.vmm_pid()))
     kib = _fields(process / "smaps_rollup")
     return {"pss_kib": kib["Pss"], "rss_kib": kib["Rss"], "private_kib": kib["Private_Dirty"] + kib["Private_Clean"],
             "vmm_private_kib": _private_outside_guest(process)}

@@ -11,7 +11,7 @@ import time
 from wakebench import counters, lasting
 from wakebench.firecracker_side import FirecrackerSide
 from wakebench.guests import GUESTS
-from wakebench.torpor_side import TorporSide, server_timing, vmm_pid
+from wakebench.torpor_side import TorporSide, server_timing
 
 # A wake that reads more than this from the disk did not find its image in the page cache.
 NOT_HOT_BYTES = 1 << 20
@@ -113,7 +113,7 @@ def mid_persist(recorder, side):
     """A request while the image is being written: the intact VM has to answer at once."""
     warm = warm_median_ms(side, 8)
     side.machine.sh("dd if=/dev/urandom of=/dev/shm/churn bs=1M count=48 status=none")
-    pid = vmm_pid(side.machine)
+    pid = side.machine.vmm_pid()
     pause = threading.Thread(target=_pause_quietly, args=(side,))
     pause.start()
     while not side.is_persisting(pid) and pause.is_alive():

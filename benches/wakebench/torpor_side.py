@@ -23,10 +23,6 @@ def server_timing(answer):
     return stages
 
 
-def vmm_pid(machine):
-    return torpor.vmm_pid(machine.get()["execution_id"])
-
-
 class TorporSide:
     """One machine that is paused and woken again and again."""
     name = "torpor"
@@ -99,7 +95,7 @@ class TorporSide:
             if calls:
                 calls.stop()
             after = {pid: counters.of_process(pid) for pid in [torpord, *counters.vmm_pids()]}
-            pid = vmm_pid(self.machine)
+            pid = self.machine.vmm_pid()
             costs = {name: counters.difference(after[of], before.get(of, {}))
                      for name, of in (("vmm", pid), ("torpord", torpord))}
             if calls:

@@ -265,13 +265,13 @@ impl Control {
                 freeze_us: self.live("freeze")?.freeze()?,
             }),
             Request::Persist { generation } => {
-                let target = files.take_target()?;
+                let target = files.take_image()?;
                 self.live("persist")?
                     .persist(target, generation)
                     .map(|()| Reply::Done)
             }
             Request::PreCopy => {
-                let target = files.take_target()?;
+                let target = files.take_image()?;
                 self.live("copy ahead")?.pre_copy(target).map(|()| Reply::Done)
             }
             Request::Run => {

@@ -16,7 +16,7 @@ mod error;
 mod persist;
 mod restore;
 
-pub use build::{Files, Prepared, Target};
+pub use build::{Files, ImageFiles, Prepared};
 pub use error::{VmError, chain};
 pub use restore::RestoreRequest;
 

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use torpor_api::vmm::FdRole;
 
-use super::header::{self, Header};
+use super::header;
 use super::manifest::{self, Manifest};
 use super::{ImagesError, MachineFiles, disk, failed, open_read_write, sync_dir};
 use crate::machine::hypervisor::ImageState;
@@ -54,11 +54,7 @@ impl MachineFiles {
     /// # Errors
     /// It is not there, or can't be opened.
     pub fn open_image(&self) -> Result<OpenImage, ImagesError> {
-        let base = match self.image_header() {
-            Some(Header { base: Some(_), .. }) => Some(open(&self.path(BASE))?),
-            // The VMM says what is wrong with a header.
-            _ => None,
-        };
+        let base = self.lies_over().then(|| open(&self.path(BASE))).transpose()?;
         let image = open(&self.image_path())?;
         Ok(OpenImage { image, base })
     }
@@ -71,10 +67,10 @@ impl MachineFiles {
     /// It can't be opened or made.
     pub fn open_image_for_persist(&self) -> Result<OpenImage, ImagesError> {
         let (path, next) = (self.image_path(), self.path(NEXT));
-        let n_links = n_links(&path);
-        let lies_over = self.image_header().is_some_and(|header| header.base.is_some());
-        let is_base_shared = !lies_over || self::n_links(&self.path(BASE)) > 1;
-        if n_links > 1 || (n_links == 1 && !is_base_shared) {
+        let n_owners = n_links(&path);
+        let lies_over = self.lies_over();
+        let is_base_shared = !lies_over || n_links(&self.path(BASE)) > 1;
+        if n_owners > 1 || (n_owners == 1 && !is_base_shared) {
             let base = if lies_over { self.path(BASE) } else { path };
             return Ok(OpenImage {
                 image: open_read_write(&next, true)?,
@@ -83,7 +79,7 @@ impl MachineFiles {
         }
         remove_if_any(&next)?;
         let image = open_read_write(&path, true)?;
-        if n_links == 0 {
+        if n_owners == 0 {
             sync_dir(&self.dir)?;
         }
         Ok(OpenImage { image, base: None })
@@ -106,8 +102,7 @@ impl MachineFiles {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             linked => linked.map_err(failed("link to", &source))?,
         }
-        let lies_over = self.image_header().is_some_and(|header| header.base.is_some());
-        if new.base.is_some() && !lies_over {
+        if new.base.is_some() && !self.lies_over() {
             let base = self.path(BASE);
             // Of an image that lay over another one and was given up since.
             remove_if_any(&base)?;
@@ -189,9 +184,9 @@ impl MachineFiles {
         }
     }
 
-    /// The header of the image, if there is one.
-    fn image_header(&self) -> Option<Header> {
-        header::read(&self.image_path()).ok()
+    /// Whether the image lies over another one, by its header; what is wrong with that is the VMM's to say.
+    fn lies_over(&self) -> bool {
+        header::read(&self.image_path()).is_ok_and(|header| header.base.is_some())
     }
 }
 

@@ -126,7 +126,7 @@ pub struct ImageFile {
 }
 
 /// An image that others may lie over. It has no base itself: a page is never further away.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Base {
     image: Arc<ImageFile>,
     /// What they name it by.

@@ -44,18 +44,17 @@ impl Files {
         self.take_if_any(role).ok_or(VmError::MissingFd(role))
     }
 
-    /// Take one out that need not have come.
-    pub fn take_if_any(&mut self, role: FdRole) -> Option<OwnedFd> {
+    fn take_if_any(&mut self, role: FdRole) -> Option<OwnedFd> {
         let index = self.fds.iter().position(|(r, _)| *r == role)?;
         Some(self.fds.swap_remove(index).1)
     }
 
-    /// Take out what an image is written to.
+    /// Take out an image, and the one under it if that came, too.
     ///
     /// # Errors
     /// It did not come with the request.
-    pub fn take_target(&mut self) -> Result<Target, VmError> {
-        Ok(Target {
+    pub fn take_image(&mut self) -> Result<ImageFiles, VmError> {
+        Ok(ImageFiles {
             image: File::from(self.take(FdRole::Image)?),
             base: self.take_if_any(FdRole::ImageBase).map(File::from),
         })
@@ -75,12 +74,12 @@ impl Files {
     }
 }
 
-/// Where an image is written.
+/// An image that is to be read or written.
 #[derive(Debug)]
-pub struct Target {
+pub struct ImageFiles {
     /// The file.
     pub image: File,
-    /// The image that it is to lie over if it is not rewritten in place.
+    /// The image that it lies over, or is to lie over if it is not rewritten in place.
     pub base: Option<File>,
 }
 

@@ -1,6 +1,6 @@
 //! Begins to write a machine's image: where to, over what, and on which thread.
 
-use super::build::Target;
+use super::build::ImageFiles;
 use super::{Phase, Vm, VmError, VmEvent, chain};
 use crate::image::persist::{Contents, Persist, PersistError};
 use crate::image::{Base, ImageFile, ImageLayout};
@@ -14,7 +14,7 @@ impl Vm {
     ///
     /// # Errors
     /// Not frozen, or the file can't be used.
-    pub fn persist(&mut self, target: Target, generation: u64) -> Result<(), VmError> {
+    pub fn persist(&mut self, target: ImageFiles, generation: u64) -> Result<(), VmError> {
         self.expect(matches!(self.phase, Phase::Frozen), "persist")?;
         let (vmstate, disk_generation) = self.frozen.clone().ok_or(VmError::NothingFrozen)?;
         self.record_working_set(false);
@@ -52,7 +52,7 @@ impl Vm {
     ///
     /// # Errors
     /// Not running, or the file can't be used.
-    pub fn pre_copy(&mut self, target: Target) -> Result<(), VmError> {
+    pub fn pre_copy(&mut self, target: ImageFiles) -> Result<(), VmError> {
         self.expect(matches!(self.phase, Phase::Running), "copy ahead")?;
         let persist = self.writer(target, self.no_contents())?;
         self.pre_copy_cancel.store(true, Ordering::Release);
@@ -90,8 +90,8 @@ impl Vm {
         }
     }
 
-    fn writer(&self, target: Target, contents: Contents) -> Result<Persist, VmError> {
-        let Target { image, base } = target;
+    fn writer(&self, target: ImageFiles, contents: Contents) -> Result<Persist, VmError> {
+        let ImageFiles { image, base } = target;
         let in_place = self.in_place(&image)?;
         let fresh = in_place.is_none();
         let baseline = match in_place {

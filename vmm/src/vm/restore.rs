@@ -4,18 +4,17 @@
 //! state while this thread puts the working set in place, and nothing waits for the rest: it is filled when it is
 //! touched.
 
-use super::{Backing, Files, MachineState, Prepared, Vm, VmError, micros};
+use super::{Backing, Files, ImageFiles, MachineState, Prepared, Vm, VmError, micros};
 use crate::arch;
 use crate::devices::Backends;
 use crate::image::{self, Expected, Extent, ImageFile, OpenImage, PageSource};
 use crate::layout::PAGE_BYTES;
 use crate::memory::lazy::{FailureSink, LazyMemory};
 use crate::memory::prefetch::Placement;
-use std::fs::File;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
-use torpor_api::vmm::{FdRole, RestoreTrace};
+use torpor_api::vmm::RestoreTrace;
 
 /// Up to this generation of an image the recorded set says little: it is that of a boot or of the template's guest,
 /// which did something else.
@@ -50,8 +49,7 @@ impl Prepared {
         on_memory_failure: FailureSink,
     ) -> Result<(Vm, RestoreTrace), VmError> {
         let started = Instant::now();
-        let image = File::from(files.take(FdRole::Image)?);
-        let base = files.take_if_any(FdRole::ImageBase).map(File::from);
+        let ImageFiles { image, base } = files.take_image()?;
         let backends = files.take_backends(request.console_limit)?;
         let OpenImage {
             file,

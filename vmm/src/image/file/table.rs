@@ -62,24 +62,21 @@ impl ImageFile {
             let mut bytes = vec![0; usize::try_from(len_bytes).unwrap_or(0)];
             self.file.read_exact_at(&mut bytes, offset).map(|()| bytes)
         };
-        let (sums, own) = match self.base() {
-            _ if !self.empty => {
-                let sums = read(self.layout.checksums_offset() + first * 4, n * 4)?;
-                let own = read(own_bits_at(self.layout, index), n_words * 8)?;
-                (
-                    decoded(&sums, |bytes| AtomicU32::new(u32::from_le_bytes(bytes))),
-                    decoded(&own, |bytes| AtomicU64::new(u64::from_le_bytes(bytes))),
-                )
-            }
-            None => (
-                (0..n).map(|_| AtomicU32::new(zero_checksum())).collect(),
-                Vec::new(),
-            ),
-            Some(base) => {
-                let sums = (first..first + n).map(|page| base.checksum(page).map(AtomicU32::new));
-                let own = (0..n_words).map(|_| AtomicU64::new(0)).collect();
-                (sums.collect::<io::Result<_>>()?, own)
-            }
+        let (sums, own) = if !self.empty {
+            let sums = read(self.layout.checksums_offset() + first * 4, n * 4)?;
+            let own = read(own_bits_at(self.layout, index), n_words * 8)?;
+            (
+                decoded(&sums, |bytes| AtomicU32::new(u32::from_le_bytes(bytes))),
+                decoded(&own, |bytes| AtomicU64::new(u64::from_le_bytes(bytes))),
+            )
+        } else {
+            let sum = |page| {
+                self.base()
+                    .map_or(Ok(zero_checksum()), |base| base.checksum(page))
+            };
+            let sums = (first..first + n).map(|page| sum(page).map(AtomicU32::new));
+            let own = (0..n_words).map(|_| AtomicU64::new(0)).collect();
+            (sums.collect::<io::Result<_>>()?, own)
         };
         Ok(Block {
             sums,

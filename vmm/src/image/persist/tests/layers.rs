@@ -2,14 +2,20 @@
 
 use super::*;
 
-#[test]
-fn an_image_over_another_holds_what_differs_and_what_lies_close_between() {
+/// A guest whose memory is not zero up to a page, its image, and one restored from that whose images lie over it.
+fn family(n_pages: u64) -> (Guest, File, Guest) {
     let mut parent = Guest::boot();
-    (0..600).for_each(|page| parent.write(page, page + 1));
+    (0..n_pages).for_each(|page| parent.write(page, page + 1));
     let parents = image_file();
     parent.persist(&parents, 1);
     let mut child = Guest::restore(&parents, 1);
     child.share();
+    (parent, parents, child)
+}
+
+#[test]
+fn an_image_over_another_holds_what_differs_and_what_lies_close_between() {
+    let (parent, parents, mut child) = family(600);
     child.write(100, 7);
     child.write(133, 7);
     child.write(167, 7);
@@ -38,12 +44,7 @@ fn an_image_over_another_holds_what_differs_and_what_lies_close_between() {
 
 #[test]
 fn an_image_whose_image_is_shared_gets_a_new_file_over_the_same_base() {
-    let mut parent = Guest::boot();
-    (0..600).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
+    let (_, parents, mut child) = family(600);
     child.write(100, 7);
     child.write(300, 0);
     child.discard(400);
@@ -60,12 +61,7 @@ fn an_image_whose_image_is_shared_gets_a_new_file_over_the_same_base() {
 
 #[test]
 fn pages_taken_over_by_a_persist_that_failed_are_the_bases_again() {
-    let mut parent = Guest::boot();
-    (0..600).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
+    let (_, parents, mut child) = family(600);
     child.write(100, 7);
     let own = image_file();
     child.persist(&own, 2);
@@ -90,12 +86,7 @@ fn pages_taken_over_by_a_persist_that_failed_are_the_bases_again() {
 
 #[test]
 fn an_image_is_not_opened_over_anything_but_its_base() {
-    let mut parent = Guest::boot();
-    (0..64).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
+    let (mut parent, parents, mut child) = family(64);
     child.write(3, 7);
     let own = image_file();
     child.persist(&own, 2);
@@ -118,12 +109,7 @@ fn an_image_is_not_opened_over_anything_but_its_base() {
 
 #[test]
 fn a_damaged_page_or_bit_of_either_file_is_found() {
-    let mut parent = Guest::boot();
-    (0..64).for_each(|page| parent.write(page, page + 1));
-    let parents = image_file();
-    parent.persist(&parents, 1);
-    let mut child = Guest::restore(&parents, 1);
-    child.share();
+    let (_, parents, mut child) = family(64);
     child.write(3, 7);
     let own = image_file();
     child.persist(&own, 2);
