@@ -21,8 +21,12 @@ def pause(machine):
     return execution, pid
 
 
+def woken_from(machine):
+    return machine.events("machine.woken")[-1]["detail"]["stages"]["from"]
+
+
 def was_resident(machine):
-    return machine.events("machine.woken")[-1]["detail"]["stages"]["resident"]
+    return woken_from(machine) == "resident"
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 //! torpord's configuration: one TOML file, every key optional, unknown keys refused.
 
 use crate::machine::fleet::Settings;
-use crate::machine::hypervisor::PlatformConfig;
+use crate::machine::hypervisor::{PlatformConfig, SleeperLimits};
 use serde::Deserialize;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -166,6 +166,8 @@ pub struct LimitsConfig {
     pub resident_mem_mib: u64,
     /// How long a machine that sleeps keeps them, in seconds.
     pub resident_s: u64,
+    /// Most machines that keep their VMM while they sleep, but not their memory: a few MiB each, for a restore that is done ahead.
+    pub dozing: u16,
     /// Largest console log of a machine in KiB.
     pub console_limit_kib: u64,
 }
@@ -237,6 +239,7 @@ impl Default for LimitsConfig {
             blank_vmms: 2,
             resident_mem_mib: 0,
             resident_s: 300,
+            dozing: 0,
             console_limit_kib: 1024,
         }
     }
@@ -328,8 +331,11 @@ impl Config {
             max_slots: self.limits.max_running,
             max_parked: self.limits.max_parked,
             blank_vmms: self.limits.blank_vmms,
-            resident_mem_mib: self.limits.resident_mem_mib,
-            resident_for: Duration::from_secs(self.limits.resident_s),
+            sleepers: SleeperLimits {
+                resident_mem_mib: self.limits.resident_mem_mib,
+                resident_for: Duration::from_secs(self.limits.resident_s),
+                dozing: self.limits.dozing,
+            },
         }
     }
 

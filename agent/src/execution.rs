@@ -19,7 +19,7 @@ mod live;
 mod parking;
 pub mod process;
 pub mod record;
-mod resident;
+mod sleepers;
 mod snapshots;
 mod start;
 mod sys;
@@ -91,7 +91,7 @@ pub struct Platform {
     blanks: blank::BlankPool,
     claims: claim::Claims,
     parking: Arc<parking::Parking>,
-    residents: Arc<resident::Residents>,
+    sleepers: Arc<sleepers::Sleepers>,
     /// Found at the start, until somebody asks for them.
     adopted: Mutex<Vec<Adopted>>,
 }
@@ -130,9 +130,9 @@ impl Platform {
         let slots = slots.map_err(|source| PlatformError::Net { source })?;
         let claims = claim::Claims::default();
         let parking = parking::Parking::new(config.max_parked.into());
-        let residents = resident::Residents::new(config.resident_mem_mib, config.resident_for);
+        let sleepers = sleepers::Sleepers::new(config.sleepers);
         let adopted = found
-            .take_over(&slots, &images, &claims, (&parking, &residents))
+            .take_over(&slots, &images, &claims, (&parking, &sleepers))
             .await;
         Ok(Arc::new(Self {
             blanks: blank::BlankPool::new(
@@ -145,16 +145,16 @@ impl Platform {
             adopted: Mutex::new(adopted),
             claims,
             parking,
-            residents,
+            sleepers,
             config,
             images,
             slots,
         }))
     }
 
-    /// End what serves no machine that runs: resident and blank VMMs, spare slots. Live executions go on.
+    /// End what serves no machine that runs: blank VMMs and those of sleeping machines, spare slots. Live executions go on.
     pub async fn stop(&self) {
-        while self.residents.end_oldest().await {}
+        while self.sleepers.end_oldest().await {}
         while self.parking.release_oldest() {}
         self.blanks.close().await;
         self.slots.close().await;
@@ -233,7 +233,7 @@ impl Hypervisor for Platform {
     }
 
     async fn delete_files(&self, machine: &MachineId) -> Result<(), HypervisorError> {
-        self.residents.end(machine).await;
+        self.sleepers.end(machine).await;
         // A clone that was given up may still be writing.
         let claim = self.claims.take(machine).await;
         let (images, id) = (self.images.clone(), machine.clone());

@@ -169,7 +169,15 @@ impl VmmClient {
         self.ran(Request::Run).await
     }
 
-    /// Run a durable machine on from its freeze, however long ago that was.
+    /// Give the memory of a machine that is durable as this generation back and lay its image out.
+    ///
+    /// # Errors
+    /// See [`VmmClientError`].
+    pub async fn doze(&self, generation: u64, image: &Fds<'_>) -> Result<(), VmmClientError> {
+        self.done(Request::Doze { generation }, image).await
+    }
+
+    /// Run a durable or dozing machine on from its freeze, however long ago that was.
     ///
     /// # Errors
     /// See [`VmmClientError`].
@@ -266,6 +274,7 @@ fn method_name(request: &Request) -> &'static str {
         Request::Persist { .. } => "persist",
         Request::PreCopy => "pre_copy",
         Request::Run => "run",
+        Request::Doze { .. } => "doze",
         Request::Resume => "resume",
         Request::FirstByte => "first_byte",
         Request::Dump => "dump",

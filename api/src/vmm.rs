@@ -10,6 +10,7 @@
 //! Blank --Boot|Restore--> Running --Freeze--> Frozen --Persist--> Persisting --> Durable --Quit--> gone
 //!                            ^                   |                     |             |
 //!                            +------- Run -------+---------------------+-------------+
+//!                            +------ Resume ----------------- Dozing <----- Doze ----+
 //! ```
 //! A failed persist runs the guest again by itself, before it is reported.
 
@@ -61,7 +62,7 @@ pub enum FdRole {
     VsockListener,
     /// Append-only log of the serial console.
     Console,
-    /// Hibernation image: read-only in a restore, read-write in a persist.
+    /// Hibernation image: read-only in a restore and a doze, read-write in a persist.
     Image,
     /// The image that the hibernation image lies over, or in a persist to a new file is to lie over, read-only.
     ImageBase,
@@ -110,8 +111,14 @@ pub enum Request {
     PreCopy,
     /// Run a frozen, persisting or durable machine again; ends a persist under way.
     Run,
-    /// Run a durable machine whose pause was completed, as a restore would: the guest's clocks go on where they stood at the
-    /// freeze.
+    /// Give a durable machine's memory back and lay the image out under it as a restore would, up to the point where the vCPUs
+    /// run: a later `Resume` is what is left of a restore. Needs `Image`, and `ImageBase` if it lies over another one.
+    Doze {
+        /// The generation that the machine stands at; at another one it is refused.
+        generation: u64,
+    },
+    /// Run a durable or dozing machine whose pause was completed, as a restore would: the guest's clocks go on where they stood
+    /// at the freeze. Refused if the memory of a dozing one has left the page cache meanwhile.
     Resume,
     /// The first response byte left: the working set is complete.
     FirstByte,
@@ -216,6 +223,8 @@ pub enum VmmState {
     Persisting,
     /// Frozen, and on disk.
     Durable,
+    /// On disk, and its memory laid out from there.
+    Dozing,
     /// The guest ended; the process is about to.
     Exited,
 }

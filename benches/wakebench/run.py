@@ -15,6 +15,8 @@ from wakebench.torpor_side import TorporSide, server_timing
 
 # A wake that reads more than this from the disk did not find its image in the page cache.
 NOT_HOT_BYTES = 1 << 20
+# What of a machine that sleeps may be kept besides its image.
+KEPT = ("resident", "dozing")
 
 
 def host_facts():
@@ -96,10 +98,10 @@ def one_cycle(recorder, side, cache, warm_requests, asleep_s=0):
     # Machines sleep for a while: what the wake before left to be made, and what the pause left to be torn down, is over.
     time.sleep(asleep_s)
     sample = side.wake_counted()
-    was_resident = sample.get("detail", {}).get("stages", {}).get("resident")
-    if was_resident not in (None, cache == "resident"):
-        raise RuntimeError(f"the VMM was {'' if was_resident else 'not '}resident in a {cache} round: "
-                           "see limits.resident_mem_mib in /etc/torpor/torpord.toml")
+    woken_from = sample.get("detail", {}).get("stages", {}).get("from")
+    if woken_from not in (None, cache if cache in KEPT else "image"):
+        raise RuntimeError(f"the machine was woken from {woken_from} in a {cache} round: "
+                           "see limits.resident_mem_mib and limits.dozing in /etc/torpor/torpord.toml")
     warm = warm_median_ms(side, warm_requests)
     from_disk = sample.get("costs", {}).get("vmm", {}).get("disk_read_bytes", 0)
     is_lost = cache == "hot" and from_disk > NOT_HOT_BYTES

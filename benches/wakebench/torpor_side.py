@@ -28,7 +28,7 @@ class TorporSide:
     name = "torpor"
 
     def __init__(self, guest, snapshot=None):
-        self.guest, self.cycle = guest, 0
+        self.guest, self.cycle, self.vmm = guest, 0, None
         kind = "http" if guest.answer.startswith(b"HTTP") else "tcp"
         services = [{"port": guest.port, "kind": kind}]
         if snapshot:
@@ -64,6 +64,7 @@ class TorporSide:
 
     def pause(self, stays=False):
         """Pause to durable; the sample says what it took and wrote. Whether the VMM `stays` is torpord's configuration."""
+        self.vmm = self.machine.vmm_pid()
         start = time.monotonic()
         self.machine.pause()
         elapsed = time.monotonic() - start
@@ -72,6 +73,15 @@ class TorporSide:
         return {"kind": "pause", "system": self.name, "cycle": self.cycle, "pause_ms": elapsed * 1e3,
                 "freeze_ms": detail["freeze_us"] / 1e3, "written_bytes": persist["written_bytes"],
                 "changed_bytes": persist["written_pages"] * 4096, **detail}
+
+    def asleep(self):
+        """What its VMM holds while it sleeps, if it has one, in KiB: memory that no file has, and page tables of the process."""
+        process = pathlib.Path("/proc", str(self.vmm))
+        if not process.exists():
+            return {}
+        lines = (process / "smaps_rollup").read_text() + (process / "status").read_text()
+        of = {line.split(":")[0]: line.split() for line in lines.splitlines()}
+        return {"asleep_kib": {"anonymous": int(of["Anonymous"][1]), "page_tables": int(of["VmPTE"][1])}}
 
     def evict(self):
         images = [self.machine.directory / name for name in ("memory.img", "memory.base")]
@@ -88,6 +98,7 @@ class TorporSide:
         """The same while nobody else does anything. The sample says what its VMM and torpord did for it up to the first
         byte, and, if the wake is one for counting and not for timing, their system calls."""
         n_told = len(self.machine.events("machine.first_byte"))
+        asleep = self.asleep()
         torpord, blanks = torpor.torpord_pid(), counters.vmm_pids()
         before = {pid: counters.of_process(pid) for pid in [torpord, *blanks]}
         with counters.SystemCalls([torpord, *blanks]) if count_calls else contextlib.nullcontext() as calls:
@@ -102,7 +113,7 @@ class TorporSide:
                 costs = {"vmm": costs["vmm"] | calls.counts(pid), "torpord": costs["torpord"] | calls.counts(torpord)}
         told = torpor.wait_for(lambda: self.machine.events("machine.first_byte")[n_told:], "the first byte is told of", 30)
         woken = self.machine.events("machine.woken")[-1]["detail"]
-        return {**sample, "kind": "counted wake" if count_calls else "wake", "pages": told[-1]["detail"].get("pages"),
+        return {**sample, **asleep, "kind": "counted wake" if count_calls else "wake", "pages": told[-1]["detail"].get("pages"),
                 "cpu_ms": sum(cost["cpu_ms"] for cost in costs.values()), "costs": costs, "detail": woken}
 
     def close(self):

@@ -281,6 +281,12 @@ impl Control {
                     run_us,
                 })
             }
+            Request::Doze { generation } => {
+                let (image, on_failure) = (files.take_image()?, memory_failure(self.peer.clone()));
+                self.live("give back the memory of")?
+                    .doze(image, generation, on_failure)
+                    .map(|()| Reply::Done)
+            }
             Request::Resume => Ok(Reply::Ran {
                 persist_cancelled: false,
                 run_us: self.live("resume")?.resume()?,

@@ -6,7 +6,7 @@
 //! ones. vCPUs and devices write to RAM at any time while the guest runs, so no reference into it is ever formed:
 //! everything goes through raw copies or [`GuestMemory`]'s volatile access.
 //!
-//! Invariants: a page is *discarded* from the moment the balloon gives it back until the process ends;
+//! Invariants: a page is *discarded* from the moment the balloon gives it back until memory is laid out anew;
 //! when absent it is zero, whatever an image says. A discarded page that the guest touches again is present,
 //! and then its content counts. A page of a mapped image becomes the guest's own with the first write to it; until
 //! then it is what the image holds, and nobody rewrites it there: a persist writes only pages that are the guest's.
@@ -107,6 +107,13 @@ impl PageBitmap {
         word.is_some_and(|word| word.load(Ordering::Acquire) >> (page % 64) & 1 == 1)
     }
 
+    /// Clear all bits.
+    fn clear(&self) {
+        for word in &self.words {
+            word.store(0, Ordering::Release);
+        }
+    }
+
     /// Set the bits of a range.
     pub fn set(&self, pages: Range<u64>) {
         let mut page = pages.start;
@@ -186,6 +193,17 @@ impl Ram {
             len_bytes: self.len as u64,
             source,
         })
+    }
+
+    /// Give all memory back, whatever it holds: as after the first [`Self::map`]. For a guest that does not run.
+    ///
+    /// # Errors
+    /// The kernel refused; then there may be memory or not.
+    pub fn map_anew(&self) -> Result<(), MemoryError> {
+        self.map()?;
+        self.discarded.clear();
+        self.mapped.clear();
+        Ok(())
     }
 
     /// The memslots, to be registered over the reservation.

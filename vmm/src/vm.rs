@@ -4,6 +4,7 @@
 //! Blank --prepare--> Blank --boot|restore--> Running --freeze--> Frozen --persist--> Persisting --> Durable
 //!                                               ^                   |                     |            |
 //!                                               +-------- run ------+---------------------+------------+
+//!                                               +------ resume ------------------- Dozing <--- doze ---+
 //! ```
 //! All of it is called from the control thread. The other threads are the vCPUs', the devices', the one that
 //! fills memory, and, while `Persisting`, the one that writes. They report by [`VmEvent`].
@@ -12,6 +13,7 @@
 //! cancelled may still be running when the guest is; the next one's thread waits for it, the control thread never.
 
 mod build;
+mod doze;
 mod error;
 mod persist;
 mod restore;
@@ -29,6 +31,7 @@ use crate::memory::lazy::FillCounts;
 use crate::memory::{Backing, Ram};
 use crate::pm1::Pm1;
 use crate::sys::process;
+use crate::sys::uffd::Uffd;
 use crate::vcpu::Vcpu;
 use kvm_ioctls::VmFd;
 use serde::{Deserialize, Serialize};
@@ -83,6 +86,7 @@ enum Phase {
         baseline: Arc<ImageFile>,
     },
     Durable,
+    Dozing,
     Exited,
 }
 
@@ -95,6 +99,8 @@ pub struct Vm {
     backing: Backing,
     ram: Arc<Ram>,
     vm_fd: VmFd,
+    uffd: Uffd,
+    can_pre_fault: bool,
     shape: Shape,
     host: HostSignature,
     events: EventSink,
@@ -126,6 +132,7 @@ impl Vm {
             Phase::Frozen => VmmState::Frozen,
             Phase::Persisting { .. } => VmmState::Persisting,
             Phase::Durable => VmmState::Durable,
+            Phase::Dozing => VmmState::Dozing,
             Phase::Exited => VmmState::Exited,
         }
     }
@@ -233,7 +240,9 @@ impl Vm {
     pub fn run(&mut self) -> Result<(bool, u64), VmError> {
         let started = Instant::now();
         let persist_cancelled = match &self.phase {
-            Phase::Running | Phase::Exited => return self.expect(false, "run").map(|()| (false, 0)),
+            Phase::Running | Phase::Dozing | Phase::Exited => {
+                return self.expect(false, "run").map(|()| (false, 0));
+            }
             Phase::Frozen | Phase::Durable => false,
             Phase::Persisting { cancel, .. } => {
                 cancel.store(true, Ordering::Release);
@@ -245,30 +254,6 @@ impl Vm {
         self.phase = Phase::Running;
         released?;
         Ok((persist_cancelled, micros(started)))
-    }
-
-    /// Run a durable machine on from its freeze, as a restore of its image would, from the memory that is still here; how
-    /// long it took in microseconds. Neither the guest's clocks nor its timers see the time between.
-    ///
-    /// # Errors
-    /// It is not durable, or KVM refused; then it is of no further use, and its image is.
-    pub fn resume(&mut self) -> Result<u64, VmError> {
-        self.expect(matches!(self.phase, Phase::Durable), "resume")?;
-        let started = Instant::now();
-        let (vmstate, _) = self.frozen.clone().ok_or(VmError::NothingFrozen)?;
-        let state = restore::decode(vmstate, self.vcpus.len())?;
-        arch::restore_clock(&self.vm_fd, &state.vm)?;
-        for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
-            vcpu.restore(state)?;
-        }
-        first_error(self.vcpus.iter().map(Vcpu::done))?;
-        arch::restore_vm(&self.vm_fd, &state.vm)?;
-        // Interrupts that were on their way at the freeze came after the state that was set again.
-        self.write_devices().resume_after_restore();
-        let released = first_error(self.vcpus.iter().map(Vcpu::run));
-        self.phase = Phase::Running;
-        released?;
-        Ok(micros(started))
     }
 
     /// A persist thread reported. What the control connection is to be told, if that persist still counts.
@@ -350,7 +335,7 @@ impl Vm {
             }
             // The end was on its way here when the guest was frozen.
             Phase::Persisting { cancel, .. } => cancel.store(true, Ordering::Release),
-            Phase::Frozen | Phase::Durable => {}
+            Phase::Frozen | Phase::Durable | Phase::Dozing => {}
         }
         if let Err(error) = self.read_devices().flush_disk() {
             tracing::error!(%error, "cannot flush the disk of a guest that ended");

@@ -113,6 +113,19 @@ mod kvm {
             std::fs::read(self.machine.dir.join(name)).unwrap()
         }
 
+        /// A byte of every page, as far as the pages tell.
+        fn damage_all_pages(&self) {
+            let layout = ImageLayout::new(u64::from(MEM_MIB) << 20);
+            let image = self.image();
+            for page in 0..layout.n_pages() {
+                let (mut byte, offset) = ([0], layout.page_offset(page) + 99);
+                image.read_exact_at(&mut byte, offset).unwrap();
+                if byte != [0] {
+                    image.write_all_at(&[!byte[0]], offset).unwrap();
+                }
+            }
+        }
+
         /// Persist a frozen machine before and check the image against a dump taken after: both of one instant.
         fn persist_and_compare(&self, vmm: &mut Vmm, generation: u64) {
             let stats = vmm.persist(&self.machine, "memory.img", generation);
@@ -237,6 +250,70 @@ mod kvm {
     }
 
     #[test]
+    fn a_dozing_machine_holds_little_and_goes_on_with_all_its_memory() {
+        let bench = Bench::new(2);
+        let mut vmm = bench.boot(BUSY);
+        bench.machine.wait_tick_after(1);
+        for generation in 1..=4 {
+            vmm.freeze();
+            bench.persist_and_compare(&mut vmm, generation);
+            let (held, dump) = (vmm.anonymous_kib(), bench.dump(&mut vmm));
+            let other = vmm.doze(&bench.machine, "memory.img", generation + 1);
+            assert_eq!(other.unwrap_err().code, VmmErrorCode::BadRequest);
+            vmm.doze(&bench.machine, "memory.img", generation).unwrap();
+            println!("{held} KiB, dozing {} KiB", vmm.anonymous_kib());
+            assert!(vmm.anonymous_kib() < held / 2);
+            for request in [Request::Freeze, Request::Run, Request::Persist { generation: 9 }] {
+                let fds = bench.machine.image("memory.img");
+                assert_eq!(vmm.call(request, fds).unwrap_err().code, VmmErrorCode::BadRequest);
+            }
+            if generation % 2 == 0 {
+                assert!(
+                    bench.dump(&mut vmm) == dump,
+                    "memory of generation {generation} differs"
+                );
+            }
+            let tick = bench.tick();
+            assert!(matches!(
+                vmm.call(Request::Resume, Vec::new()),
+                Ok(Reply::Ran { .. })
+            ));
+            bench.machine.wait_tick_after(tick + 1);
+        }
+        vmm.kill();
+    }
+
+    #[test]
+    fn a_machine_whose_image_is_damaged_or_has_left_the_page_cache_dozes_no_further() {
+        let bench = Bench::new(1);
+        let mut vmm = bench.boot(CALM);
+        bench.machine.wait_tick_after(1);
+        vmm.freeze();
+        vmm.persist(&bench.machine, "memory.img", 1);
+        vmm.doze(&bench.machine, "memory.img", 1).unwrap();
+        let image = bench.image();
+        image.sync_all().unwrap();
+        nix::fcntl::posix_fadvise(&image, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        let error = vmm.call(Request::Resume, Vec::new()).unwrap_err();
+        assert!(error.message.contains("page cache"), "{error}");
+        vmm.kill();
+
+        let mut vmm = bench.restore(1);
+        vmm.freeze();
+        vmm.persist(&bench.machine, "memory.img", 2);
+        bench.damage_all_pages();
+        let error = vmm.doze(&bench.machine, "memory.img", 2).unwrap_err();
+        assert_eq!(error.code, VmmErrorCode::ImageCorrupt, "{error}");
+        for request in [Request::Resume, Request::Run] {
+            assert_eq!(
+                vmm.call(request, Vec::new()).unwrap_err().code,
+                VmmErrorCode::BadRequest
+            );
+        }
+        vmm.kill();
+    }
+
+    #[test]
     fn a_page_that_fails_its_checksum_ends_the_vmm_and_is_never_seen() {
         let bench = Bench::new(1);
         let mut vmm = bench.boot(CALM);
@@ -245,19 +322,7 @@ mod kvm {
         vmm.persist(&bench.machine, "memory.img", 1);
         let tick = bench.tick();
         vmm.kill();
-        let layout = ImageLayout::new(u64::from(MEM_MIB) << 20);
-        let image = bench.image();
-        for page in 0..layout.n_pages() {
-            let mut byte = [0];
-            image
-                .read_exact_at(&mut byte, layout.page_offset(page) + 99)
-                .unwrap();
-            if byte != [0] {
-                image
-                    .write_all_at(&[!byte[0]], layout.page_offset(page) + 99)
-                    .unwrap();
-            }
-        }
+        bench.damage_all_pages();
         let mut vmm = bench.start();
         // What is mapped ahead is checked before the guest runs: all of a first image. Else a touch ends the VMM.
         match vmm.restore(&bench.machine, "memory.img", 1, false) {

@@ -17,7 +17,7 @@ use super::live::{Holdings, VmmExecution, put_manifest};
 use super::parking::Parking;
 use super::process::Process;
 use super::record::{MachineRecord, RunDir};
-use super::resident::Residents;
+use super::sleepers::Sleepers;
 use crate::images::Images;
 use crate::machine::hypervisor::Adopted;
 use crate::net::SlotPool;
@@ -93,7 +93,7 @@ async fn ask(dir: &RunDir) -> Result<(VmmClient, VmmEvents, VmmStatus), String> 
     let status = asked.map_err(|_| format!("no answer in {STATUS_DEADLINE:?}"))?;
     let status = status.map_err(|error| super::chain(&error))?;
     match status.state {
-        VmmState::Blank | VmmState::Exited => Err(format!("it is {:?}", status.state)),
+        VmmState::Blank | VmmState::Dozing | VmmState::Exited => Err(format!("it is {:?}", status.state)),
         VmmState::Running | VmmState::Frozen | VmmState::Persisting | VmmState::Durable => {
             Ok((client, events, status))
         }
@@ -112,13 +112,13 @@ impl Found {
         slots: &SlotPool,
         images: &Images,
         claims: &Claims,
-        (parking, residents): (&Arc<Parking>, &Arc<Residents>),
+        (parking, sleepers): (&Arc<Parking>, &Arc<Sleepers>),
     ) -> Vec<Adopted> {
         let mut adopted = Vec::new();
         for survivor in self.0 {
             match claims.try_take(&survivor.record.machine_id) {
                 Some(claim) => {
-                    adopted.push(take_over(survivor, slots, images, claim, (parking, residents)).await)
+                    adopted.push(take_over(survivor, slots, images, claim, (parking, sleepers)).await)
                 }
                 None => end_twin(survivor, slots).await,
             }
@@ -142,7 +142,7 @@ async fn take_over(
     slots: &SlotPool,
     images: &Images,
     claim: Claim,
-    (parking, residents): (&Arc<Parking>, &Arc<Residents>),
+    (parking, sleepers): (&Arc<Parking>, &Arc<Sleepers>),
 ) -> Adopted {
     let Survivor {
         dir,
@@ -187,7 +187,7 @@ async fn take_over(
         files,
         slot: slot.ok(),
         parking: Arc::clone(parking),
-        residents: Arc::clone(residents),
+        sleepers: Arc::clone(sleepers),
         claim,
     });
     Adopted {

@@ -19,7 +19,7 @@ use super::claim::Claim;
 use super::parking::Parking;
 use super::process::Process;
 use super::record::{MachineRecord, RunDir, RunDirError};
-use super::resident::Residents;
+use super::sleepers::Sleepers;
 use super::{blocking, images_error};
 use crate::guest_client::GuestClient;
 use crate::images::manifest::{FORMAT, Manifest};
@@ -54,7 +54,7 @@ pub(super) struct Holdings {
     /// Absent if it was lost while torpord was away.
     pub(super) slot: Option<Arc<SlotLease>>,
     pub(super) parking: Arc<Parking>,
-    pub(super) residents: Arc<Residents>,
+    pub(super) sleepers: Arc<Sleepers>,
     pub(super) claim: Claim,
 }
 
@@ -69,7 +69,7 @@ pub(super) struct VmmExecution {
     files: MachineFiles,
     slot: Mutex<Option<Arc<SlotLease>>>,
     parking: Arc<Parking>,
-    residents: Arc<Residents>,
+    sleepers: Arc<Sleepers>,
     /// Given back when the process has ended.
     claim: Mutex<Option<Claim>>,
     exited: watch::Sender<Option<ExitReason>>,
@@ -91,7 +91,7 @@ impl VmmExecution {
             files: holdings.files,
             slot: Mutex::new(holdings.slot),
             parking: holdings.parking,
-            residents: holdings.residents,
+            sleepers: holdings.sleepers,
             claim: Mutex::new(Some(holdings.claim)),
             exited: watch::Sender::new(None),
             attempt: watch::Sender::default(),
@@ -276,6 +276,22 @@ impl VmmExecution {
         .await
     }
 
+    /// Have the VMM of the sleeping machine give its memory back and lay out the image that it stands at.
+    pub(super) async fn doze(&self) -> Result<(), HypervisorError> {
+        let generation = self.attempt.borrow().generation;
+        let files = self.files.clone();
+        let failed = "cannot open the memory image";
+        let opened = blocking(ErrorCode::Internal, move || {
+            files
+                .open_image()
+                .map_err(images_error(ErrorCode::Internal, failed))
+        });
+        let image = opened.await?;
+        let fds: Vec<_> = image.fds().collect();
+        let dozes = self.client.doze(generation, &fds).await;
+        dozes.map_err(|error| vmm_failed(ErrorCode::Internal, "VMM cannot give its memory back", error))
+    }
+
     /// End the VMM; answers when the machine's files are no longer open.
     async fn end(&self) {
         let early = self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -438,8 +454,8 @@ impl Execution for VmmExecution {
     }
 
     fn stay(self: Arc<Self>) -> bool {
-        let residents = Arc::clone(&self.residents);
-        residents.keep(self)
+        let sleepers = Arc::clone(&self.sleepers);
+        sleepers.keep(self)
     }
 
     fn exited(&self) -> watch::Receiver<Option<ExitReason>> {

@@ -21,7 +21,7 @@ use crate::images::MachineFiles;
 use crate::images::manifest::Manifest;
 use crate::images::memory::OpenImage;
 use crate::images::template::Template;
-use crate::machine::hypervisor::{Execution, HypervisorError, MachineSpec, WakeStages};
+use crate::machine::hypervisor::{Execution, HypervisorError, MachineSpec, WakeStages, WokenFrom};
 use crate::net::{NetError, RefillHold, SlotLease};
 
 /// Every kernel command line begins with this.
@@ -129,7 +129,7 @@ impl Platform {
         generation: u64,
         first_port: Option<u16>,
     ) -> Result<(Arc<dyn Execution>, WakeStages), HypervisorError> {
-        let resumed = self.resume_resident(machine, execution, generation, first_port);
+        let resumed = self.resume_sleeper(machine, execution, generation, first_port);
         if let Some(resumed) = resumed.await {
             return Ok(resumed);
         }
@@ -175,7 +175,7 @@ impl Platform {
             vmm_ready_us,
             restored_us,
             resynced_us: micros(begun),
-            is_resident: false,
+            from: WokenFrom::Image,
             vmm,
         };
         Ok((live.confirm((resync, open, image)), stages))
@@ -213,7 +213,7 @@ impl Platform {
     }
 
     async fn take(&self, machine: &MachineSpec) -> Result<Taken, HypervisorError> {
-        self.residents.end(&machine.id).await;
+        self.sleepers.end(&machine.id).await;
         let claim = self.claims.take(&machine.id).await;
         let held = self.slots.hold_refill();
         let slot = async {
@@ -223,7 +223,7 @@ impl Platform {
             }
             let acquired = match self.slots.acquire().await {
                 Err(NetError::Exhausted { .. })
-                    if self.residents.end_oldest().await || self.parking.release_oldest() =>
+                    if self.sleepers.end_oldest().await || self.parking.release_oldest() =>
                 {
                     self.slots.acquire().await
                 }
@@ -287,7 +287,7 @@ impl Platform {
             files,
             slot: Some(slot),
             parking: Arc::clone(&self.parking),
-            residents: Arc::clone(&self.residents),
+            sleepers: Arc::clone(&self.sleepers),
             claim,
         });
         let live = Live {

@@ -102,6 +102,19 @@ pub struct Ran {
     pub run_us: u64,
 }
 
+/// What was there of a machine that was woken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WokenFrom {
+    /// Its files.
+    #[default]
+    Image,
+    /// The VMM of the execution before, with its image laid out under it.
+    Dozing,
+    /// That VMM, with all its memory.
+    Resident,
+}
+
 /// A restore that worked: where its time went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct WakeStages {
@@ -111,8 +124,8 @@ pub struct WakeStages {
     pub restored_us: u64,
     /// From the call to the guest agent's acknowledgement of clock and entropy, in microseconds.
     pub resynced_us: u64,
-    /// The VMM of the execution before was still there: nothing had to be restored.
-    pub is_resident: bool,
+    /// What was there of the machine.
+    pub from: WokenFrom,
     /// What the VMM tells of the restore.
     pub vmm: RestoreTrace,
 }
@@ -366,8 +379,17 @@ pub struct PlatformConfig {
     pub max_parked: u16,
     /// Blank VMMs kept ready for each shape in recent use.
     pub blank_vmms: u8,
-    /// Guest memory of all machines that keep their VMM while they sleep, in MiB.
+    /// Machines that keep their VMM while they sleep.
+    pub sleepers: SleeperLimits,
+}
+
+/// How many machines may keep their VMM while they sleep, and how.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SleeperLimits {
+    /// Guest memory of all that keep it, in MiB.
     pub resident_mem_mib: u64,
     /// How long they keep it.
     pub resident_for: std::time::Duration,
+    /// Machines that keep only their VMM.
+    pub dozing: u16,
 }

@@ -14,6 +14,7 @@ pub use faults::{Fault, Faults, Hold, Point};
 
 use super::hypervisor::{
     Adopted, Execution, Hypervisor, HypervisorError, ImageState, MachineSpec, TemplateInfo, WakeStages,
+    WokenFrom,
 };
 use async_trait::async_trait;
 use std::collections::{BTreeMap, HashMap};
@@ -244,7 +245,7 @@ impl Hypervisor for SimulatedHypervisor {
             vmm_ready_us: 100,
             restored_us: 900,
             resynced_us: 1200,
-            is_resident: false,
+            from: WokenFrom::Image,
             vmm: RestoreTrace {
                 state_loaded_us: 300,
                 memory_ready_us: 600,

@@ -181,7 +181,13 @@ fn handle(
             };
             (Outcome::Ok(report), event)
         }
-        Request::Resume if this.state == VmmState::Durable => {
+        Request::Doze { generation } if this.state == VmmState::Durable => {
+            assert_eq!(image_generation(&File::from(take(FdRole::Image))), generation);
+            this.state = VmmState::Dozing;
+            done
+        }
+        Request::Resume if this.mode == "evicted" => (refuse(VmmErrorCode::BadRequest), None),
+        Request::Resume if matches!(this.state, VmmState::Durable | VmmState::Dozing) => {
             this.state = VmmState::Running;
             let report = Reply::Ran {
                 persist_cancelled: false,

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use torpor_agent::execution::record::Record;
 use torpor_agent::execution::{BlankConfig, Platform};
-use torpor_agent::machine::hypervisor::{Hypervisor as _, MachineSpec, PlatformConfig};
+use torpor_agent::machine::hypervisor::{Hypervisor as _, MachineSpec, PlatformConfig, SleeperLimits};
 use torpor_agent::net::NetConfig;
 use torpor_api::MachineId;
 
@@ -19,7 +19,7 @@ use torpor_api::MachineId;
 pub(crate) struct Host {
     dir: tempfile::TempDir,
     pub(crate) max_slots: u16,
-    pub(crate) resident_mem_mib: u64,
+    pub(crate) sleepers: SleeperLimits,
 }
 
 impl Host {
@@ -37,8 +37,7 @@ impl Host {
             console_limit_bytes: 1 << 20,
             max_parked: 4,
             blank_vmms: 1,
-            resident_mem_mib: self.resident_mem_mib,
-            resident_for: Duration::from_secs(300),
+            sleepers: self.sleepers,
             max_slots: self.max_slots,
         };
         let net = NetConfig {
@@ -89,7 +88,7 @@ pub(crate) fn on_a_host(test: impl AsyncFnOnce(&mut Host) + Send + 'static) {
         let mut host = Host {
             dir,
             max_slots: 8,
-            resident_mem_mib: 0,
+            sleepers: SleeperLimits::default(),
         };
         let runtime = runtime();
         let limit = Duration::from_secs(60);

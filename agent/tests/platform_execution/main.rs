@@ -15,7 +15,7 @@ mod host;
 mod killed;
 #[path = "../shared/own_host.rs"]
 mod own_host;
-mod residents;
+mod sleepers;
 
 use std::collections::BTreeSet;
 use std::fs;

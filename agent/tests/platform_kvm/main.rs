@@ -25,7 +25,7 @@ mod kvm {
     use torpor_agent::execution::{BlankConfig, Platform};
     use torpor_agent::guest_client::channel::last_frame;
     use torpor_agent::machine::hypervisor::{
-        ConnectError, Execution, Hypervisor as _, ImageState, MachineSpec, PlatformConfig,
+        ConnectError, Execution, Hypervisor as _, ImageState, MachineSpec, PlatformConfig, SleeperLimits,
     };
     use torpor_agent::net::NetConfig;
     use torpor_api::guest::{ExecSpec, FrameType, GuestResponse};
@@ -66,8 +66,7 @@ while True:
             console_limit_bytes: 1 << 20,
             max_parked: 4,
             blank_vmms: 1,
-            resident_mem_mib: 0,
-            resident_for: Duration::from_secs(300),
+            sleepers: SleeperLimits::default(),
             max_slots: 8,
         };
         let net = NetConfig {

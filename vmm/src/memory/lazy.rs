@@ -118,6 +118,8 @@ pub(super) struct Shared {
     recorded: Mutex<Option<Vec<Range<u64>>>>,
     /// What the working set was checked by, until nothing has faulted for a while.
     view: Mutex<Option<Arc<ImageView>>>,
+    /// Pages under which the image was mapped, in parts that are in one file each.
+    pub(super) mapped: OnceLock<Vec<Range<u64>>>,
     /// Pages that were put in place before anybody touched them, in order.
     pub(super) ahead: OnceLock<Vec<Range<u64>>>,
     counters: FillCounters,
@@ -155,6 +157,7 @@ impl LazyMemory {
             source,
             recorded: Mutex::new(Some(Vec::new())),
             view: Mutex::default(),
+            mapped: OnceLock::new(),
             ahead: OnceLock::new(),
             counters: FillCounters::default(),
         });

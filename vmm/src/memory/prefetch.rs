@@ -99,12 +99,13 @@ impl LazyMemory {
             }
         }
         let checked = Instant::now();
+        // Set once, like the next: memory is put in place ahead once.
+        let to_map = shared.mapped.get_or_init(|| to_map);
         // By one thread: mappings exclude each other and all page faults of the process.
         for pages in to_map {
             shared.map(pages)?;
         }
         let mapped = Instant::now();
-        // Set once: memory is put in place ahead once.
         let of_extents = |is_wanted: fn(&Extent) -> bool| {
             let wanted = extents.iter().filter(|extent| is_wanted(extent));
             union(wanted.map(|extent| extent.pages(limit)).collect())
@@ -120,6 +121,19 @@ impl LazyMemory {
             mapped,
             populated: Instant::now(),
         })
+    }
+
+    /// Whether the page cache still has all pages that were mapped, as far as it tells.
+    #[must_use]
+    pub fn is_in_memory(&self) -> bool {
+        let mapped = self.shared.mapped.get().into_iter().flatten();
+        let mut n_on_disk = mapped.map(|pages| self.shared.source.n_on_disk(pages.clone()));
+        n_on_disk.all(|n| n == 0)
+    }
+
+    /// Take the view down by which the pages were checked: before its time, for a guest that does not run soon.
+    pub fn close_view(&self) {
+        self.shared.view().take();
     }
 
     /// Pages of the working set that the guest is known to need, in order.
@@ -261,8 +275,8 @@ impl Shared {
         Ok(false)
     }
 
-    fn map(&self, pages: Range<u64>) -> Result<(), FillError> {
-        let failed = FillError::place(&pages);
+    fn map(&self, pages: &Range<u64>) -> Result<(), FillError> {
+        let failed = FillError::place(pages);
         let unmappable = || failed(std::io::ErrorKind::Unsupported.into());
         let (file, offset) = self.source.file(pages.start).ok_or_else(unmappable)?;
         self.ram.map_file(pages.clone(), file, offset).map_err(failed)?;
@@ -271,7 +285,7 @@ impl Shared {
         if let Err(error) = self.uffd.map_single_pages(start, len_bytes) {
             tracing::debug!(?pages, %error, "working set will be recorded with neighbours of touched pages");
         }
-        self.filled.set(pages);
+        self.filled.set(pages.clone());
         Ok(())
     }
 

@@ -127,6 +127,17 @@ impl Uffd {
         Ok(Self { fd, wp_async })
     }
 
+    /// Another descriptor of the same.
+    ///
+    /// # Errors
+    /// The process has too many.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            fd: self.fd.try_clone()?,
+            wp_async: self.wp_async,
+        })
+    }
+
     /// Raise an event for every missing page of a range.
     ///
     /// # Errors

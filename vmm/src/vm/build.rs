@@ -85,6 +85,8 @@ pub struct ImageFiles {
 
 /// A VM without memory.
 pub struct Prepared {
+    /// Dropped first: a vCPU that waits for a page goes on only when nobody has this any more, or serves it.
+    pub(super) uffd: Uffd,
     pub(super) vcpus: Vec<Vcpu>,
     pub(super) devices: Arc<RwLock<DeviceSet>>,
     pub(super) pm1: Arc<Pm1>,
@@ -92,8 +94,6 @@ pub struct Prepared {
     pub(super) vm_fd: VmFd,
     pub(super) shape: Shape,
     pub(super) host: HostSignature,
-    /// Until a restore takes it.
-    pub(super) uffd: Option<Uffd>,
     pub(super) generation_event: EventFd,
     pub(super) can_pre_fault: bool,
     pub(super) events: EventSink,
@@ -150,7 +150,7 @@ impl Prepared {
             ram,
             shape,
             host: arch::signature(&profile),
-            uffd: Some(Uffd::open().map_err(no_uffd)?),
+            uffd: Uffd::open().map_err(no_uffd)?,
             generation_event,
             events,
             vm_fd,
@@ -218,6 +218,8 @@ impl Prepared {
             pm1: self.pm1,
             ram: self.ram,
             vm_fd: self.vm_fd,
+            uffd: self.uffd,
+            can_pre_fault: self.can_pre_fault,
             shape: self.shape,
             host: self.host,
             events: self.events,
@@ -235,7 +237,7 @@ impl Prepared {
     }
 }
 
-fn no_uffd(source: std::io::Error) -> crate::memory::MemoryError {
+pub(super) fn no_uffd(source: std::io::Error) -> crate::memory::MemoryError {
     crate::memory::MemoryError::Uffd {
         operation: "begin",
         source,

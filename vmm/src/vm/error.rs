@@ -25,9 +25,9 @@ pub enum VmError {
     /// Frozen without its state: a defect.
     #[error("no state was taken at the freeze")]
     NothingFrozen,
-    /// Boot or restore was tried before, and failed.
-    #[error("this VM was used already")]
-    Spent,
+    /// What a dozing machine had laid out is not all there any more.
+    #[error("memory of the dozing machine has left the page cache")]
+    Evicted,
     /// A descriptor is missing.
     #[error("the request needs the descriptor {0:?}")]
     MissingFd(FdRole),
@@ -130,10 +130,10 @@ impl VmError {
         match self {
             Self::NotInThisState { .. }
             | Self::NothingFrozen
-            | Self::Spent
             | Self::MissingFd(_)
             | Self::BadVcpuCount(_)
-            | Self::BadMemorySize(_) => VmmErrorCode::BadRequest,
+            | Self::BadMemorySize(_)
+            | Self::Evicted => VmmErrorCode::BadRequest,
             Self::Kvm { .. } | Self::Vcpu(_) | Self::Arch(_) => VmmErrorCode::Kvm,
             Self::Image(error) if error.is_incompatible() => VmmErrorCode::ImageIncompatible,
             Self::Image(OpenError::Read { .. }) => VmmErrorCode::Io,

@@ -4,13 +4,16 @@
 //! state while this thread puts the working set in place, and nothing waits for the rest: it is filled when it is
 //! touched.
 
+use super::build::no_uffd;
 use super::{Backing, Files, ImageFiles, MachineState, Prepared, Vm, VmError, micros};
 use crate::arch;
 use crate::devices::Backends;
 use crate::image::{self, Expected, Extent, ImageFile, OpenImage, PageSource};
 use crate::layout::PAGE_BYTES;
+use crate::memory::Ram;
 use crate::memory::lazy::{FailureSink, LazyMemory};
 use crate::memory::prefetch::Placement;
+use crate::vcpu::Vcpu;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
@@ -43,7 +46,7 @@ impl Prepared {
     /// # Errors
     /// The image is refused, or something failed; the process is of no further use.
     pub fn restore(
-        mut self,
+        self,
         mut files: Files,
         request: RestoreRequest,
         on_memory_failure: FailureSink,
@@ -51,12 +54,9 @@ impl Prepared {
         let started = Instant::now();
         let ImageFiles { image, base } = files.take_image()?;
         let backends = files.take_backends(request.console_limit)?;
-        let OpenImage {
-            file,
-            vmstate,
-            working_set,
-            ..
-        } = image::open(image, base, &self.expected(request))?;
+        let image = image::open(image, base, &self.expected(request))?;
+        let ahead = laid_out_ahead(&image);
+        let OpenImage { file, vmstate, .. } = image;
         let state = decode(vmstate, self.vcpus.len())?;
         let file = Arc::new(file);
         let mut trace = RestoreTrace {
@@ -68,10 +68,6 @@ impl Prepared {
         arch::restore_clock(&self.vm_fd, &state.vm)?;
         for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
             vcpu.restore(state)?;
-        }
-        let mut ahead = image::with_probation(&working_set, request.generation);
-        if request.generation <= EARLY_GENERATIONS || working_set.is_empty() {
-            ahead.extend(everything(&file));
         }
         trace.attached_us = micros(started);
         let prefetched = lazy.prefetch(&ahead, Placement::default(), !self.can_pre_fault)?;
@@ -85,7 +81,7 @@ impl Prepared {
             vcpu.done()?;
         }
         if self.can_pre_fault {
-            self.pre_fault(lazy.ahead())?;
+            pre_fault(&self.vcpus, &self.ram, lazy.ahead())?;
         }
         trace.memory_ready_us = micros(started);
         arch::restore_vm(&self.vm_fd, &state.vm)?;
@@ -116,12 +112,12 @@ impl Prepared {
     }
 
     fn map_lazily(
-        &mut self,
+        &self,
         source: Arc<dyn PageSource>,
         on_failure: FailureSink,
     ) -> Result<(LazyMemory, crate::memory::GuestMemory), VmError> {
         self.ram.map()?;
-        let uffd = self.uffd.take().ok_or(VmError::Spent)?;
+        let uffd = self.uffd.try_clone().map_err(no_uffd)?;
         let lazy = LazyMemory::start(Arc::clone(&self.ram), uffd, source, on_failure)?;
         Ok((lazy, self.ram.guest_memory()?))
     }
@@ -145,19 +141,6 @@ impl Prepared {
         }
     }
 
-    /// The second-level page table of these pages: by the first vCPU, because all share it.
-    fn pre_fault(&self, pages: &[Range<u64>]) -> Result<(), VmError> {
-        let Some(first) = self.vcpus.first().filter(|_| !pages.is_empty()) else {
-            return Ok(());
-        };
-        let layout = self.ram.layout();
-        let ranges = pages
-            .iter()
-            .flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
-        first.pre_fault(ranges.collect())?;
-        Ok(first.done()?)
-    }
-
     fn release(&self, fork: bool) -> Result<(), VmError> {
         self.devices
             .write()
@@ -171,6 +154,29 @@ impl Prepared {
         }
         Ok(())
     }
+}
+
+/// The second-level page table of these pages: by the first vCPU, because all share it.
+pub(super) fn pre_fault(vcpus: &[Vcpu], ram: &Ram, pages: &[Range<u64>]) -> Result<(), VmError> {
+    let Some(first) = vcpus.first().filter(|_| !pages.is_empty()) else {
+        return Ok(());
+    };
+    let layout = ram.layout();
+    let ranges = pages
+        .iter()
+        .flat_map(|p| layout.gpa_ranges(p.start * PAGE_BYTES, (p.end - p.start) * PAGE_BYTES));
+    first.pre_fault(ranges.collect())?;
+    Ok(first.done()?)
+}
+
+/// What is put in place before the guest runs from this image.
+pub(super) fn laid_out_ahead(image: &OpenImage) -> Vec<Extent> {
+    let generation = image.header.generation;
+    let mut ahead = image::with_probation(&image.working_set, generation);
+    if generation <= EARLY_GENERATIONS || image.working_set.is_empty() {
+        ahead.extend(everything(&image.file));
+    }
+    ahead
 }
 
 /// For a guest of which little is known yet: all that its image holds, if it is not too much. What of it the guest

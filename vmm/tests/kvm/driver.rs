@@ -71,7 +71,7 @@ impl Machine {
     }
 
     /// The image `name`, and the one that it lies over or is to lie over.
-    fn image(&self, name: &str) -> Vec<(FdRole, OwnedFd)> {
+    pub fn image(&self, name: &str) -> Vec<(FdRole, OwnedFd)> {
         let mut fds = vec![(FdRole::Image, self.open(name).into())];
         fds.extend(self.image_base().map(|base| (FdRole::ImageBase, base.into())));
         fds
@@ -348,6 +348,22 @@ impl Vmm {
             Event::PersistDone { stats } => stats,
             other => panic!("{other:?}"),
         }
+    }
+
+    /// Have it give its memory back and lay out the image `name`.
+    pub fn doze(&mut self, machine: &Machine, name: &str, generation: u64) -> Result<(), VmmError> {
+        let reply = self.call(Request::Doze { generation }, machine.image(name))?;
+        assert_eq!(reply, Reply::Done);
+        Ok(())
+    }
+
+    /// Memory of the process that no file has, in KiB.
+    pub fn anonymous_kib(&self) -> u64 {
+        let rollup =
+            std::fs::read_to_string(format!("/proc/{}/smaps_rollup", self.child.id())).expect("smaps");
+        let line = rollup.lines().find_map(|line| line.strip_prefix("Anonymous:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        number.and_then(|number| number.parse().ok()).expect("Anonymous")
     }
 
     /// Run it on; whether that ended a persist, and the microseconds.

@@ -81,7 +81,7 @@ impl WakeReport {
             json["vmm_ready_us"] = stages.vmm_ready_us.into();
             json["restored_us"] = stages.restored_us.into();
             json["resynced_us"] = stages.resynced_us.into();
-            json["resident"] = stages.is_resident.into();
+            json["from"] = serde_json::json!(stages.from);
             json["vmm"] = serde_json::json!(stages.vmm);
         }
         json

@@ -171,7 +171,11 @@ impl SimulatedExecution {
         match inner.state {
             VmmState::Running => {}
             VmmState::Exited => return guest::Ran::Never,
-            VmmState::Blank | VmmState::Frozen | VmmState::Persisting | VmmState::Durable => {
+            VmmState::Blank
+            | VmmState::Frozen
+            | VmmState::Persisting
+            | VmmState::Durable
+            | VmmState::Dozing => {
                 return guest::Ran::NotYet;
             }
         }

@@ -80,7 +80,7 @@ pub fn recover(row: Committed, vmm: Option<VmmState>, image: Image) -> Step {
         (Committed::Running | Committed::Refused | Committed::Stopped, Some(VmmState::Durable)) => {
             (State::Waking, &[Effect::Run])
         }
-        (_, Some(VmmState::Blank | VmmState::Exited)) => match (row, image) {
+        (_, Some(VmmState::Blank | VmmState::Dozing | VmmState::Exited)) => match (row, image) {
             (Committed::Running, Image::Fits) => {
                 (State::Paused, &[Effect::QuitExecution, Effect::CommitPaused])
             }

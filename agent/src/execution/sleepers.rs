@@ -1,13 +1,15 @@
-//! Machines that sleep with their VMM: frozen, their image durable, and their memory still in RAM.
+//! Machines that sleep with their VMM, because the operator gave RAM for it.
 //!
-//! Such a machine is paused like any other: nothing of it runs, its image is what a restart of torpord or of the host finds,
-//! and its next wake is a new execution. Only, that wake needs no restore. The price is RAM, so the operator says how much
-//! (`limits.resident_mem_mib`, none by default) and for how long (`limits.resident_s`); past either the VMM that was used
-//! longest ago ends. Whatever else is done with the machine's files ends its VMM first.
+//! Such a machine is paused like any other: nothing of it runs, its image is durable and what a restart of torpord or of the host
+//! finds, and its next wake is a new execution. Only, that wake has less to do. A *resident* machine keeps its memory, too
+//! (`limits.resident_mem_mib`, `limits.resident_s`), and needs no restore. A *dozing* one (`limits.dozing`) has given it back
+//! and laid out its image instead, as a restore does: it holds its VMM and the pages that it is known to write, and the page cache
+//! has the rest for as long as it likes. What can't be resident any longer dozes, if it may. Past the limits the VMM that was
+//! used longest ago ends, and whatever else is done with the machine's files ends it first.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use async_trait::async_trait;
 use tokio::net::TcpStream;
@@ -21,18 +23,20 @@ use super::start::{micros, shape_of};
 use super::{Platform, wake};
 use crate::guest_client::GuestClient;
 use crate::machine::hypervisor::{
-    ConnectError, Execution, FreezeTrace, HypervisorError, MachineSpec, Ran, VmmStatus, WakeStages,
+    ConnectError, Execution, FreezeTrace, HypervisorError, MachineSpec, Ran, SleeperLimits, VmmStatus,
+    WakeStages, WokenFrom,
 };
 use crate::machine::usage::RunUsage;
 
 /// A machine that was paused and keeps its VMM.
-struct Kept {
+struct Sleeper {
     /// Of this pause, and no other.
     number: u64,
     execution: Arc<VmmExecution>,
+    is_dozing: bool,
 }
 
-impl Kept {
+impl Sleeper {
     fn mem_mib(&self) -> u64 {
         self.execution.record().shape.mem_mib.into()
     }
@@ -42,20 +46,18 @@ impl Kept {
     }
 }
 
-/// All resident machines of this host.
-pub(super) struct Residents {
-    most_mib: u64,
-    longest: Duration,
+/// All of this host.
+pub(super) struct Sleepers {
+    limits: SleeperLimits,
     n_pauses: AtomicU64,
     /// Paused longest ago first.
-    machines: Mutex<Vec<Kept>>,
+    machines: Mutex<Vec<Sleeper>>,
 }
 
-impl Residents {
-    pub(super) fn new(most_mib: u64, longest: Duration) -> Arc<Self> {
+impl Sleepers {
+    pub(super) fn new(limits: SleeperLimits) -> Arc<Self> {
         Arc::new(Self {
-            most_mib,
-            longest,
+            limits,
             n_pauses: AtomicU64::new(0),
             machines: Mutex::default(),
         })
@@ -64,46 +66,82 @@ impl Residents {
     /// Keep a machine that was paused just now; answers whether there is room for it, which others may have to give up.
     pub(super) fn keep(self: &Arc<Self>, execution: Arc<VmmExecution>) -> bool {
         let number = self.n_pauses.fetch_add(1, Ordering::Relaxed);
-        let kept = Kept { number, execution };
-        if kept.mem_mib() > self.most_mib {
+        let one = Sleeper {
+            number,
+            execution,
+            is_dozing: false,
+        };
+        let can_be_resident = one.mem_mib() <= self.limits.resident_mem_mib;
+        if !can_be_resident && self.limits.dozing == 0 {
             return false;
         }
-        for one in self.add(kept) {
-            tokio::spawn(async move { one.execution.quit().await });
+        self.machines().push(one);
+        self.settle(|one| one.number == number && !can_be_resident);
+        if can_be_resident {
+            let sleepers = Arc::clone(self);
+            tokio::spawn(async move {
+                tokio::time::sleep(sleepers.limits.resident_for).await;
+                sleepers.settle(|one| one.number == number);
+            });
         }
-        let residents = Arc::clone(self);
-        tokio::spawn(async move {
-            tokio::time::sleep(residents.longest).await;
-            residents.end_if(|one| one.number == number).await;
-        });
         true
     }
 
-    /// Add one; those that have to go for it.
-    fn add(&self, kept: Kept) -> Vec<Kept> {
+    /// Let those doze that may not be resident any longer, and end those that may not doze either.
+    fn settle(self: &Arc<Self>, is_past_its_time: impl Fn(&Sleeper) -> bool) {
         let mut machines = self.machines();
-        machines.push(kept);
-        let sums = machines.iter().rev().scan(0, |sum, one| {
-            *sum += one.mem_mib();
-            Some(*sum)
-        });
-        let n_fitting = sums.take_while(|sum| *sum <= self.most_mib).count();
-        let n_over = machines.len() - n_fitting;
-        machines.drain(..n_over).collect()
+        let (mut mem_mib, mut n_dozing) = (0, 0);
+        let (mut falling_asleep, mut over) = (Vec::new(), Vec::new());
+        // Who was paused last comes first.
+        for one in machines.iter_mut().rev() {
+            let was_dozing = one.is_dozing;
+            if !was_dozing && !is_past_its_time(one) {
+                mem_mib += one.mem_mib();
+                if mem_mib <= self.limits.resident_mem_mib {
+                    continue;
+                }
+            }
+            one.is_dozing = true;
+            n_dozing += 1;
+            if n_dozing > self.limits.dozing {
+                over.push(one.number);
+            } else if !was_dozing {
+                falling_asleep.push((one.number, Arc::clone(&one.execution)));
+            }
+        }
+        for one in machines.extract_if(.., |one| over.contains(&one.number)) {
+            tokio::spawn(async move { one.execution.quit().await });
+        }
+        drop(machines);
+        for (number, execution) in falling_asleep {
+            tokio::spawn(Arc::clone(self).doze(number, execution));
+        }
     }
 
-    fn take(&self, is_it: impl Fn(&Kept) -> bool) -> Option<Arc<VmmExecution>> {
+    /// A wake that comes meanwhile has the VMM resume after that, or finds it resumed before, and then the doze is refused.
+    async fn doze(self: Arc<Self>, number: u64, execution: Arc<VmmExecution>) {
+        let machine_id = &execution.record().machine_id;
+        match execution.doze().await {
+            Ok(()) => tracing::debug!(%machine_id, "machine dozes"),
+            Err(error) if self.end_if(|one| one.number == number).await => {
+                tracing::warn!(%machine_id, error = super::chain(&error), "machine can't doze, its VMM was ended");
+            }
+            Err(_) => {}
+        }
+    }
+
+    fn take(&self, is_it: impl Fn(&Sleeper) -> bool) -> Option<Sleeper> {
         let mut machines = self.machines();
         let place = machines.iter().position(is_it)?;
-        Some(machines.remove(place).execution)
+        Some(machines.remove(place))
     }
 
-    async fn end_if(&self, is_it: impl Fn(&Kept) -> bool) -> bool {
-        let execution = self.take(is_it);
-        if let Some(execution) = &execution {
-            execution.quit().await;
+    async fn end_if(&self, is_it: impl Fn(&Sleeper) -> bool) -> bool {
+        let taken = self.take(is_it);
+        if let Some(one) = &taken {
+            one.execution.quit().await;
         }
-        execution.is_some()
+        taken.is_some()
     }
 
     /// End the machine's VMM, if it has one here; answers when its files are closed.
@@ -116,7 +154,7 @@ impl Residents {
         self.end_if(|_| true).await
     }
 
-    fn machines(&self) -> MutexGuard<'_, Vec<Kept>> {
+    fn machines(&self) -> MutexGuard<'_, Vec<Sleeper>> {
         self.machines.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -124,14 +162,20 @@ impl Residents {
 impl Platform {
     /// Wake a machine whose VMM is still there. `None` if it is not, or not as the caller wants it, or if it fails: then the
     /// image is what to wake it from, unless the guest has used its disk by then, which the restore finds out.
-    pub(super) async fn resume_resident(
+    pub(super) async fn resume_sleeper(
         &self,
         machine: &MachineSpec,
         id: &ExecutionId,
         generation: u64,
         first_port: Option<u16>,
     ) -> Option<(Arc<dyn Execution>, WakeStages)> {
-        let vmm = self.residents.take(|one| one.is_of(&machine.id))?;
+        let sleeper = self.sleepers.take(|one| one.is_of(&machine.id))?;
+        let from = if sleeper.is_dozing {
+            WokenFrom::Dozing
+        } else {
+            WokenFrom::Resident
+        };
+        let vmm = sleeper.execution;
         let record = vmm.record();
         let fits = record.shape == shape_of(machine)
             && record.template_digest == machine.template_digest
@@ -141,9 +185,12 @@ impl Platform {
             return None;
         }
         match resume(machine, &vmm, id, first_port).await {
-            Ok(stages) => Some((Arc::new(Resumed { id: id.clone(), vmm }), stages)),
+            Ok(stages) => {
+                let stages = WakeStages { from, ..stages };
+                Some((Arc::new(Resumed { id: id.clone(), vmm }), stages))
+            }
             Err(error) => {
-                tracing::warn!(machine_id = %machine.id, error = super::chain(&error), "resident VMM given up");
+                tracing::info!(machine_id = %machine.id, error = super::chain(&error), "VMM of a sleeping machine given up");
                 vmm.quit().await;
                 None
             }
@@ -181,7 +228,7 @@ async fn resume(
         vmm_ready_us,
         restored_us,
         resynced_us: micros(begun),
-        is_resident: true,
+        from: WokenFrom::Resident,
         vmm: trace,
     })
 }
