@@ -87,6 +87,7 @@ fn abort_on_panic() {
 }
 
 fn serve(confinement: Confinement, log: Option<&str>) -> Result<u8, String> {
+    torpor_vmm::sys::process::use_one_heap();
     start_log(log)?;
     abort_on_panic();
     let listener: OwnedFd = torpor_vmm::sys::process::inherited_listener()

@@ -204,7 +204,7 @@ impl Drop for LazyMemory {
 impl Shared {
     fn serve(&self, stop: &EventFd) -> Result<(), FillError> {
         let mut addresses = Vec::new();
-        let mut buffer = vec![0; PAGE_SIZE * usize::try_from(WINDOW_PAGES).unwrap_or(1)];
+        let mut buffer = Vec::new();
         let mut patience = PollTimeout::from(VIEW_QUIET_MS);
         loop {
             addresses.clear();
@@ -223,6 +223,8 @@ impl Shared {
                 }
                 continue;
             }
+            // Not before: its pages would be touched while a wake waits for this thread to start.
+            buffer.resize(PAGE_SIZE * usize::try_from(WINDOW_PAGES).unwrap_or(1), 0);
             for &address in &addresses {
                 self.serve_fault(address, &mut buffer)?;
             }

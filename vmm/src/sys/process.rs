@@ -53,6 +53,16 @@ pub fn random_bytes() -> io::Result<[u8; 16]> {
     }
 }
 
+/// Have all threads allocate from one heap: one of a thread's own is 128 MiB of address space to map and some pages to touch when
+/// it starts, on the path of a wake, too, and no thread here allocates so often that it would wait for another.
+pub fn use_one_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it sets a number that malloc reads when a thread first allocates.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// Give memory that was freed back to the kernel: what a restore took for a moment the process would keep for good.
 pub fn trim_heap() {
     #[cfg(target_env = "gnu")]
