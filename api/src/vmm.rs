@@ -16,8 +16,9 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The listening control socket's file descriptor in the VMM.
-pub const LISTEN_FD: i32 = 3;
+/// The listening control socket's file descriptor in the VMM: its standard input, because any other would take code of torpord's
+/// between fork and exec, and with it a true fork, after which torpord takes a page fault for every page that it writes.
+pub const LISTEN_FD: i32 = 0;
 /// Largest message in bytes.
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// Most file descriptors in one message.

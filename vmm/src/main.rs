@@ -9,8 +9,8 @@ const USAGE: &str = "\
 Usage: torpor-vmm [--no-seccomp] [--log-file PATH]
        torpor-vmm inspect IMAGE
 
-Runs one virtual machine. torpord starts it with a listening control socket as file
-descriptor 3; started by hand it does nothing of use.
+Runs one virtual machine. torpord starts it with a listening control socket as standard
+input; started by hand it does nothing of use.
 
   inspect IMAGE    print the header of a hibernation image as JSON
   --no-seccomp     do not restrict system calls (debugging)
@@ -91,7 +91,9 @@ fn serve(confinement: Confinement, log: Option<&str>) -> Result<u8, String> {
     start_log(log)?;
     abort_on_panic();
     let listener: OwnedFd = torpor_vmm::sys::process::inherited_listener()
-        .map_err(|e| format!("file descriptor 3 is no listening socket: {e}"))?;
+        .map_err(|e| format!("standard input is no listening socket: {e}"))?;
+    // A signal to the terminal that torpord may have been started from is not for a machine. Fails if it is so already.
+    let _ = nix::unistd::setsid();
     let code = control::serve(listener, confinement).map_err(|e| chain(&e))?;
     Ok(u8::try_from(code).unwrap_or(1))
 }

@@ -58,8 +58,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Start `program` in a scope of its own where systemd runs, else in a session of its own, so that neither a
-    /// stop of torpord's service nor a signal to its terminal reaches it. `listener` becomes its fd 3.
+    /// Start `program` in a scope of its own where systemd runs, so that a stop of torpord's service does not reach it.
+    /// `listener` becomes its standard input ([`torpor_api::vmm::LISTEN_FD`]).
     ///
     /// # Errors
     /// It can't be started.
@@ -80,8 +80,7 @@ impl Process {
             Command::new(program)
         };
         let error_log = log.try_clone().map_err(failed)?;
-        command.stdin(Stdio::null()).stdout(log).stderr(error_log);
-        sys::prepare_child(&mut command, listener);
+        command.stdin(Stdio::from(listener)).stdout(log).stderr(error_log);
         let mut child = tokio::process::Command::from(command).spawn().map_err(failed)?;
         let pid = child.id().unwrap_or(0);
         let process = Self::open(pid).map_err(|source| ProcessError::Watch { pid, source });

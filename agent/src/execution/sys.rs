@@ -1,12 +1,9 @@
-//! Processes by pidfd, and what a VMM's process needs between fork and exec.
+//! Processes by pidfd.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
-use std::os::unix::process::CommandExt as _;
-use std::process::Command;
 
 use tokio::io::unix::AsyncFd;
-use torpor_api::vmm::LISTEN_FD;
 
 /// A descriptor that becomes readable when the process ends.
 pub(super) fn open_pidfd(pid: u32) -> io::Result<AsyncFd<OwnedFd>> {
@@ -35,33 +32,6 @@ pub(super) fn kill(pidfd: BorrowedFd<'_>) -> io::Result<()> {
             std::ptr::null::<libc::siginfo_t>(),
             0,
         )
-    };
-    if rc < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(())
-    }
-}
-
-/// Start in a session of its own with `listener` as [`LISTEN_FD`].
-pub(super) fn prepare_child(command: &mut Command, listener: OwnedFd) {
-    let before_exec = move || {
-        nix::unistd::setsid()?;
-        hand_over(listener.as_raw_fd())
-    };
-    // SAFETY: between fork and exec the closure makes system calls only (setsid, dup2, fcntl), which are
-    // async-signal-safe; it neither allocates nor takes locks.
-    unsafe { command.pre_exec(before_exec) };
-}
-
-fn hand_over(listener: i32) -> io::Result<()> {
-    // dup2 onto itself would leave close-on-exec set.
-    let rc = if listener == LISTEN_FD {
-        // SAFETY: F_SETFD takes an integer; the descriptor is open.
-        unsafe { libc::fcntl(LISTEN_FD, libc::F_SETFD, 0) }
-    } else {
-        // SAFETY: dup2 takes two integers; what was open as LISTEN_FD in this forked child is nobody's any more.
-        unsafe { libc::dup2(listener, LISTEN_FD) }
     };
     if rc < 0 {
         Err(io::Error::last_os_error())

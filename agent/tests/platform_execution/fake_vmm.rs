@@ -1,4 +1,4 @@
-//! A VMM without KVM: speaks the control protocol on fd 3 and plays the guest's agent behind its vsock listener.
+//! A VMM without KVM: speaks the control protocol on its standard input and plays the guest's agent behind its vsock listener.
 //!
 //! The platform starts it as it starts `torpor-vmm`, through a script that runs this test program again with
 //! [`MODE`] set. It keeps to the states of `torpor_api::vmm` and writes nothing but the image's header.

@@ -1,5 +1,6 @@
 //! The signal that takes a vCPU thread out of `KVM_RUN`, the end of the process, and random bytes.
 
+use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::thread::JoinHandleExt;
@@ -82,7 +83,7 @@ pub fn as_fd(event: &EventFd) -> BorrowedFd<'_> {
 /// The control socket that torpord left us as [`torpor_api::vmm::LISTEN_FD`], close-on-exec from now on.
 ///
 /// # Errors
-/// Nothing is open there.
+/// Nothing that listens is open there.
 pub fn inherited_listener() -> io::Result<OwnedFd> {
     let fd = torpor_api::vmm::LISTEN_FD;
     // SAFETY: fcntl on any number is sound; it fails if nothing is open there.
@@ -91,5 +92,10 @@ pub fn inherited_listener() -> io::Result<OwnedFd> {
     }
     // SAFETY: it is open, and by the contract with torpord it is ours; nothing else in the process has it,
     // because this is called once, at the start.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    let listener = unsafe { OwnedFd::from_raw_fd(fd) };
+    if getsockopt(&listener, AcceptConn)? {
+        Ok(listener)
+    } else {
+        Err(io::ErrorKind::InvalidInput.into())
+    }
 }

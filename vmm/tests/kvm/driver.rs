@@ -190,9 +190,7 @@ impl Vmm {
             .append(true)
             .open(dir.join("vmm.log"))
             .expect("vmm.log");
-        let child = Command::new("sh")
-            .args(["-c", "exec \"$0\" \"$@\" 3<&0 </dev/null"])
-            .arg(program)
+        let child = Command::new(program)
             .args(
                 std::env::var("TORPOR_VMM_ARGS")
                     .unwrap_or_default()
