@@ -37,6 +37,7 @@ def test_twenty_wakes_lose_nothing_and_nothing_is_held_meanwhile(dozing):
     processes = set()
     for _ in range(20):
         processes.add(pause_until_it_dozes(dozing))
+        assert torpor.call("GET", "/v1/healthz")["pools"]["sleepers"] == {"resident": 0, "resident_mem_mib": 0, "dozing": 1}
         state = wake_and_check(dozing, state)
         assert woken_from(dozing) == "dozing"
     assert len(processes) == 1

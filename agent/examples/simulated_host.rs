@@ -30,6 +30,7 @@ use torpor_agent::machine::usage::RunUsage;
 use torpor_agent::ssh;
 use torpor_agent::store::Store;
 use torpor_agent::waker::{FleetWaker, ProxyListeners};
+use torpor_api::http::Pools;
 use torpor_api::vmm::{ExitReason, PersistStats};
 use torpor_api::{ExecutionId, MachineId, SnapshotId};
 use torpor_proxy::{Proxy, ProxyConfig};
@@ -191,6 +192,9 @@ impl Hypervisor for Host {
     }
     async fn templates(&self) -> Vec<TemplateInfo> {
         self.simulated.templates().await
+    }
+    fn pools(&self) -> Pools {
+        self.simulated.pools()
     }
 }
 

@@ -29,6 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
+use torpor_api::http::{Pools, Slots};
 use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
 use crate::images::template::Templates;
@@ -308,5 +309,16 @@ impl Hypervisor for Platform {
         let templates = self.templates.clone();
         let all = blocking(ErrorCode::Internal, move || Ok(templates.all()));
         all.await.unwrap_or_default()
+    }
+
+    fn pools(&self) -> Pools {
+        Pools {
+            blank_vmms: self.blanks.counts(),
+            slots: Slots {
+                parked: self.parking.count(),
+                ..self.slots.counts()
+            },
+            sleepers: self.sleepers.counts(),
+        }
     }
 }

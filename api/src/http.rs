@@ -2,11 +2,13 @@
 
 mod edge;
 mod inside;
+mod pools;
 mod ssh;
 mod wake_filter;
 
 pub use edge::*;
 pub use inside::*;
+pub use pools::*;
 pub use ssh::*;
 pub use wake_filter::*;
 
@@ -492,4 +494,7 @@ pub struct Health {
     pub version: String,
     /// Machines by status.
     pub machines: BTreeMap<String, u64>,
+    /// What is kept ready.
+    #[serde(default)]
+    pub pools: Pools,
 }

@@ -88,6 +88,9 @@ fn abort_on_panic() {
 
 fn serve(confinement: Confinement, log: Option<&str>) -> Result<u8, String> {
     torpor_vmm::sys::process::use_one_heap();
+    // The guest's memory is in no core dump of ours.
+    nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0)
+        .map_err(|e| format!("cannot forbid core dumps: {e}"))?;
     start_log(log)?;
     abort_on_panic();
     let listener: OwnedFd = torpor_vmm::sys::process::inherited_listener()

@@ -451,4 +451,15 @@ mod kvm {
         assert_eq!(vmm.call(Request::Quit, Vec::new()), Ok(Reply::Done));
         assert_eq!(vmm.wait(), Some(0));
     }
+
+    #[test]
+    fn no_core_dump_can_hold_guest_memory() {
+        let bench = Bench::new(1);
+        let vmm = bench.start();
+        let limits = vmm.limits();
+        let of_cores = limits.lines().find(|line| line.starts_with("Max core file size"));
+        let words: Vec<_> = of_cores.unwrap().split_whitespace().collect();
+        assert_eq!(words[4..6], ["0", "0"], "{limits}");
+        vmm.kill();
+    }
 }

@@ -34,5 +34,6 @@ pub(super) async fn health(State(fleet): State<Fleet>) -> Result<Json<Health>, F
         status: "ok".to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         machines: status_counts(&fleet).await?,
+        pools: fleet.hypervisor().pools(),
     }))
 }

@@ -184,6 +184,7 @@ async fn reads_never_wake() {
         (&health["status"], &health["machines"]["paused"]),
         (&json!("ok"), &json!(1))
     );
+    assert_eq!(health["pools"]["slots"]["ready"], json!(0));
     assert_eq!(world.host.n_restores(), 0);
 }
 

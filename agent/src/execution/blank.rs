@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::Notify;
+use torpor_api::http::BlankVmms;
 use torpor_api::limits::{MEM_MIB, VCPUS};
 use torpor_api::vmm::Shape;
 use torpor_api::{ErrorCode, ExecutionId};
@@ -221,6 +222,19 @@ impl BlankPool {
             write_hint(self.shared.hint.clone(), shapes);
         }
         (ready, stale)
+    }
+
+    /// How many there are of each shape.
+    pub(super) fn counts(&self) -> Vec<BlankVmms> {
+        let wanted = self.shared.config.per_shape as u64;
+        let state = self.shared.state();
+        let of_shelf = |shelf: &Shelf| BlankVmms {
+            vcpus: shelf.shape.vcpus,
+            mem_mib: shelf.shape.mem_mib,
+            ready: shelf.blanks.len() as u64,
+            wanted,
+        };
+        state.shelves.iter().map(of_shelf).collect()
     }
 
     /// End all blank VMMs and make no more.

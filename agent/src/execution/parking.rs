@@ -68,6 +68,11 @@ impl Parking {
         true
     }
 
+    /// How many there are.
+    pub(super) fn count(&self) -> u64 {
+        self.parked().len() as u64
+    }
+
     fn parked(&self) -> MutexGuard<'_, Vec<Parked>> {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -15,6 +15,7 @@ use async_trait::async_trait;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use torpor_api::http::SleeperCounts;
 use torpor_api::vmm::{ExitReason, PersistStats, RestoreTrace};
 use torpor_api::{ErrorCode, ExecutionId, MachineId};
 
@@ -152,6 +153,17 @@ impl Sleepers {
     /// End the VMM that was kept first; answers whether there was one.
     pub(super) async fn end_oldest(&self) -> bool {
         self.end_if(|_| true).await
+    }
+
+    /// How many there are.
+    pub(super) fn counts(&self) -> SleeperCounts {
+        let machines = self.machines();
+        let (dozing, resident): (Vec<_>, Vec<_>) = machines.iter().partition(|one| one.is_dozing);
+        SleeperCounts {
+            resident: resident.len() as u64,
+            resident_mem_mib: resident.iter().map(|one| one.mem_mib()).sum(),
+            dozing: dozing.len() as u64,
+        }
     }
 
     fn machines(&self) -> MutexGuard<'_, Vec<Sleeper>> {

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use torpor_api::http::Pools;
 use torpor_api::vmm::{Counters, ExitReason, PersistStats, RestoreTrace, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
@@ -292,6 +293,9 @@ pub trait Hypervisor: Send + Sync + 'static {
 
     /// All templates, by name.
     async fn templates(&self) -> Vec<TemplateInfo>;
+
+    /// What is kept ready at this moment.
+    fn pools(&self) -> Pools;
 }
 
 /// One live run of a machine.

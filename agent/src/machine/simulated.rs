@@ -22,6 +22,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio_util::sync::CancellationToken;
+use torpor_api::http::Pools;
 use torpor_api::vmm::{RestoreTrace, VmmState};
 use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
@@ -186,6 +187,11 @@ pub struct SimulatedHypervisor(pub Arc<SimulatedHost>);
 
 #[async_trait]
 impl Hypervisor for SimulatedHypervisor {
+    /// Nothing is kept ready.
+    fn pools(&self) -> Pools {
+        Pools::default()
+    }
+
     async fn boot(
         &self,
         machine: &MachineSpec,

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, Semaphore, oneshot};
+use torpor_api::http::Slots;
 
 use super::links::Links;
 use super::slot::{self, Slot, on_own_thread};
@@ -200,6 +201,19 @@ impl SlotPool {
     #[must_use]
     pub fn spares(&self) -> usize {
         self.shared.state().spares.len()
+    }
+
+    /// How many there are; it knows of none that are parked.
+    #[must_use]
+    pub fn counts(&self) -> Slots {
+        let state = self.shared.state();
+        Slots {
+            ready: state.spares.len() as u64,
+            wanted: self.shared.config.spares as u64,
+            parked: 0,
+            free: state.free.len() as u64,
+            most: self.shared.config.max_slots.into(),
+        }
     }
 
     /// Wait until the pool is full and nothing moves.

@@ -259,6 +259,16 @@ fn a_start_takes_the_blank_vmm_of_its_shape_and_the_pool_is_filled_again() {
         let second = boot(&platform, &machine).await.unwrap();
         assert_eq!(host.record(second.id().as_str()).process, waiting);
         platform.blanks_settled().await;
+        platform.slots().settled().await;
+        let pools = platform.pools();
+        let [of_shape] = &pools.blank_vmms[..] else {
+            panic!("one shape was used: {pools:?}")
+        };
+        assert_eq!((of_shape.vcpus, of_shape.mem_mib), (1, 256));
+        assert_eq!((of_shape.ready, of_shape.wanted), (1, 1));
+        let slots = &pools.slots;
+        assert_eq!((slots.ready, slots.wanted), (1, 1));
+        assert_eq!((slots.parked, slots.free, slots.most), (0, 6, 8));
 
         // A blank VMM that died in the pool is passed over.
         let blank = host

@@ -193,6 +193,11 @@ fn what_is_resident_no_longer_dozes_and_past_that_limit_the_oldest_ends() {
         until(|| !named(host).contains(gone.id().as_str())).await;
         until_dozing(dozing).await;
         assert_eq!(named(host), dirs_of(&[dozing, resident]));
+        let counts = platform.pools().sleepers;
+        assert_eq!(
+            (counts.resident, counts.resident_mem_mib, counts.dozing),
+            (1, 256, 1)
+        );
         for (machine, wanted) in [
             (first, WokenFrom::Image),
             (second, WokenFrom::Dozing),

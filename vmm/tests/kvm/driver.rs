@@ -364,6 +364,11 @@ impl Vmm {
         number.and_then(|number| number.parse().ok()).expect("Anonymous")
     }
 
+    /// The process's limits, as the kernel tells them.
+    pub fn limits(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/limits", self.child.id())).expect("limits")
+    }
+
     /// Run it on; whether that ended a persist, and the microseconds.
     pub fn run(&mut self) -> (bool, u64) {
         match self.call(Request::Run, Vec::new()) {
