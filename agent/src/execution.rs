@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use torpor_api::http::{Pools, Slots};
+use torpor_api::http::Pools;
 use torpor_api::{ErrorCode, ExecutionId, MachineId, SnapshotId};
 
 use crate::images::template::Templates;
@@ -314,10 +314,7 @@ impl Hypervisor for Platform {
     fn pools(&self) -> Pools {
         Pools {
             blank_vmms: self.blanks.counts(),
-            slots: Slots {
-                parked: self.parking.count(),
-                ..self.slots.counts()
-            },
+            slots: self.slots.counts(self.parking.count()),
             sleepers: self.sleepers.counts(),
         }
     }

@@ -20,6 +20,12 @@ def _comm(process):
         return ""
 
 
+def kib_fields(path):
+    """The `Name:  123 kB` lines of a file of procfs."""
+    found = (line.split() for line in path.read_text().splitlines())
+    return {words[0][:-1]: int(words[1]) for words in found if words[-1] == "kB"}
+
+
 def of_process(pid):
     """Counters of a process from its beginning: milliseconds on a processor, in the kernel's ticks, page faults that it
     took itself (KVM's and userfaultfd's for the guest are among them), bytes that it read from files and of those from

@@ -3,6 +3,7 @@ import os
 import pathlib
 import time
 
+from wakebench import counters
 from wakebench.torpor_side import TorporSide, torpor
 
 
@@ -25,7 +26,7 @@ def cycles(recorder, guest, count):
 def torpord_holds():
     """Resident memory and open descriptors of torpord."""
     process = pathlib.Path("/proc", str(torpor.torpord_pid()))
-    status = _fields(process / "status")
+    status = counters.kib_fields(process / "status")
     return {"torpord_rss_kib": status["VmRSS"], "torpord_fds": len(os.listdir(process / "fd"))}
 
 
@@ -69,7 +70,7 @@ def vmm_holds(side):
     """Memory of a machine's VMM in KiB: its share of what it maps, all of it, what is its alone, and what of that is
     not guest memory."""
     process = pathlib.Path("/proc", str(side.machine.vmm_pid()))
-    kib = _fields(process / "smaps_rollup")
+    kib = counters.kib_fields(process / "smaps_rollup")
     return {"pss_kib": kib["Pss"], "rss_kib": kib["Rss"], "private_kib": kib["Private_Dirty"] + kib["Private_Clean"],
             "vmm_private_kib": _private_outside_guest(process)}
 
@@ -87,9 +88,3 @@ def _private_outside_guest(process):
         elif not words[0].endswith(":"):
             private, path = 0, words[5] if len(words) > 5 else ""
     return total
-
-
-def _fields(path):
-    """The `Name:  123 kB` lines of a file of procfs."""
-    found = (line.split() for line in path.read_text().splitlines())
-    return {words[0][:-1]: int(words[1]) for words in found if words[-1] == "kB"}

@@ -79,9 +79,8 @@ class TorporSide:
         process = pathlib.Path("/proc", str(self.vmm))
         if not process.exists():
             return {}
-        lines = (process / "smaps_rollup").read_text() + (process / "status").read_text()
-        of = {line.split(":")[0]: line.split() for line in lines.splitlines()}
-        return {"asleep_kib": {"anonymous": int(of["Anonymous"][1]), "page_tables": int(of["VmPTE"][1])}}
+        kib = counters.kib_fields(process / "smaps_rollup") | counters.kib_fields(process / "status")
+        return {"asleep_kib": {"anonymous": kib["Anonymous"], "page_tables": kib["VmPTE"]}}
 
     def evict(self):
         images = [self.machine.directory / name for name in ("memory.img", "memory.base")]

@@ -146,6 +146,16 @@ mod kvm {
         }
     }
 
+    /// A machine with one vCPU that ticks, frozen and written as generation 1.
+    fn calm_and_persisted() -> (Bench, Vmm) {
+        let bench = Bench::new(1);
+        let mut vmm = bench.boot(CALM);
+        bench.machine.wait_tick_after(1);
+        vmm.freeze();
+        vmm.persist(&bench.machine, "memory.img", 1);
+        (bench, vmm)
+    }
+
     /// A first image, one that is rewritten in place, and one to which the freeze comes before the copy is done.
     #[test]
     fn an_image_that_was_begun_while_its_machine_was_busy_equals_a_full_dump() {
@@ -285,11 +295,7 @@ mod kvm {
 
     #[test]
     fn a_machine_whose_image_is_damaged_or_has_left_the_page_cache_dozes_no_further() {
-        let bench = Bench::new(1);
-        let mut vmm = bench.boot(CALM);
-        bench.machine.wait_tick_after(1);
-        vmm.freeze();
-        vmm.persist(&bench.machine, "memory.img", 1);
+        let (bench, mut vmm) = calm_and_persisted();
         vmm.doze(&bench.machine, "memory.img", 1).unwrap();
         let image = bench.image();
         image.sync_all().unwrap();
@@ -315,11 +321,7 @@ mod kvm {
 
     #[test]
     fn a_page_that_fails_its_checksum_ends_the_vmm_and_is_never_seen() {
-        let bench = Bench::new(1);
-        let mut vmm = bench.boot(CALM);
-        bench.machine.wait_tick_after(1);
-        vmm.freeze();
-        vmm.persist(&bench.machine, "memory.img", 1);
+        let (bench, vmm) = calm_and_persisted();
         let tick = bench.tick();
         vmm.kill();
         bench.damage_all_pages();
@@ -350,11 +352,7 @@ mod kvm {
 
     #[test]
     fn a_fork_gets_a_new_identity_and_a_wake_does_not() {
-        let bench = Bench::new(1);
-        let mut vmm = bench.boot(CALM);
-        bench.machine.wait_tick_after(1);
-        vmm.freeze();
-        vmm.persist(&bench.machine, "memory.img", 1);
+        let (bench, vmm) = calm_and_persisted();
         vmm.kill();
         let told = |text: &str| text.contains("virtual machine fork").then_some(());
         let mut vmm = bench.restore(1);

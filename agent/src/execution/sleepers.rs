@@ -45,6 +45,14 @@ impl Sleeper {
     fn is_of(&self, machine: &MachineId) -> bool {
         self.execution.record().machine_id == *machine
     }
+
+    fn woken_from(&self) -> WokenFrom {
+        if self.is_dozing {
+            WokenFrom::Dozing
+        } else {
+            WokenFrom::Resident
+        }
+    }
 }
 
 /// All of this host.
@@ -182,11 +190,7 @@ impl Platform {
         first_port: Option<u16>,
     ) -> Option<(Arc<dyn Execution>, WakeStages)> {
         let sleeper = self.sleepers.take(|one| one.is_of(&machine.id))?;
-        let from = if sleeper.is_dozing {
-            WokenFrom::Dozing
-        } else {
-            WokenFrom::Resident
-        };
+        let from = sleeper.woken_from();
         let vmm = sleeper.execution;
         let record = vmm.record();
         let fits = record.shape == shape_of(machine)
@@ -196,11 +200,8 @@ impl Platform {
             vmm.quit().await;
             return None;
         }
-        match resume(machine, &vmm, id, first_port).await {
-            Ok(stages) => {
-                let stages = WakeStages { from, ..stages };
-                Some((Arc::new(Resumed { id: id.clone(), vmm }), stages))
-            }
+        match resume(machine, (&vmm, from), id, first_port).await {
+            Ok(stages) => Some((Arc::new(Resumed { id: id.clone(), vmm }), stages)),
             Err(error) => {
                 tracing::info!(machine_id = %machine.id, error = super::chain(&error), "VMM of a sleeping machine given up");
                 vmm.quit().await;
@@ -212,7 +213,7 @@ impl Platform {
 
 async fn resume(
     machine: &MachineSpec,
-    vmm: &VmmExecution,
+    (vmm, from): (&VmmExecution, WokenFrom),
     id: &ExecutionId,
     first_port: Option<u16>,
 ) -> Result<WakeStages, HypervisorError> {
@@ -240,7 +241,7 @@ async fn resume(
         vmm_ready_us,
         restored_us,
         resynced_us: micros(begun),
-        from: WokenFrom::Resident,
+        from,
         vmm: trace,
     })
 }

@@ -203,14 +203,14 @@ impl SlotPool {
         self.shared.state().spares.len()
     }
 
-    /// How many there are; it knows of none that are parked.
+    /// How many there are; of those that are lent out, `parked` are of machines that sleep.
     #[must_use]
-    pub fn counts(&self) -> Slots {
+    pub fn counts(&self, parked: u64) -> Slots {
         let state = self.shared.state();
         Slots {
             ready: state.spares.len() as u64,
             wanted: self.shared.config.spares as u64,
-            parked: 0,
+            parked,
             free: state.free.len() as u64,
             most: self.shared.config.max_slots.into(),
         }

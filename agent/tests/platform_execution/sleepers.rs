@@ -19,6 +19,14 @@ async fn pause(execution: &Arc<dyn Execution>, generation: u64) -> bool {
     Arc::clone(execution).stay()
 }
 
+/// A new machine that was booted and put to sleep as generation 1, and stays.
+async fn asleep(host: &Host, platform: &Platform) -> (MachineSpec, Arc<dyn Execution>) {
+    let machine = host.machine(platform).await;
+    let execution = boot(platform, &machine).await.unwrap();
+    assert!(pause(&execution, 1).await);
+    (machine, execution)
+}
+
 async fn restore(
     platform: &Platform,
     machine: &MachineSpec,
@@ -93,10 +101,7 @@ fn the_oldest_makes_room_and_none_outlives_a_stop_or_its_files() {
         let platform = start(host).await;
         let mut machines = Vec::new();
         for _ in 0..3 {
-            let machine = host.machine(&platform).await;
-            let execution = boot(&platform, &machine).await.unwrap();
-            assert!(pause(&execution, 1).await);
-            machines.push((machine, execution));
+            machines.push(asleep(host, &platform).await);
         }
         let [(_, first), (second, _), (third, third_execution)] = &machines[..] else {
             unreachable!("three were made")
@@ -182,10 +187,7 @@ fn what_is_resident_no_longer_dozes_and_past_that_limit_the_oldest_ends() {
         let platform = host.start("well").await;
         let mut machines = Vec::new();
         for _ in 0..3 {
-            let machine = host.machine(&platform).await;
-            let execution = boot(&platform, &machine).await.unwrap();
-            assert!(pause(&execution, 1).await);
-            machines.push((machine, execution));
+            machines.push(asleep(host, &platform).await);
         }
         let [(first, gone), (second, dozing), (third, resident)] = &machines[..] else {
             unreachable!("three were made")
@@ -221,9 +223,7 @@ fn a_resident_machine_dozes_when_its_time_is_over() {
             dozing: 1,
         };
         let platform = host.start("well").await;
-        let machine = host.machine(&platform).await;
-        let execution = boot(&platform, &machine).await.unwrap();
-        assert!(pause(&execution, 1).await);
+        let (_, execution) = asleep(host, &platform).await;
         assert_eq!(execution.status().await.unwrap().state, VmmState::Durable);
         until_dozing(&execution).await;
         platform.stop().await;
@@ -237,9 +237,7 @@ fn one_whose_memory_was_evicted_is_restored_and_one_of_a_killed_torpord_ended() 
         host.sleepers.dozing = 1;
         let (machine, process) = until_killed(async || {
             let platform = host.start("evicted").await;
-            let machine = host.machine(&platform).await;
-            let execution = boot(&platform, &machine).await.unwrap();
-            assert!(pause(&execution, 1).await);
+            let (machine, execution) = asleep(host, &platform).await;
             until_dozing(&execution).await;
             let (restored, from) = restore(&platform, &machine, 1).await;
             assert_eq!(from, WokenFrom::Image);

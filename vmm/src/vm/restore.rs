@@ -13,6 +13,7 @@ use crate::layout::PAGE_BYTES;
 use crate::memory::Ram;
 use crate::memory::lazy::{FailureSink, LazyMemory};
 use crate::memory::prefetch::Placement;
+use crate::sys::uffd::Uffd;
 use crate::vcpu::Vcpu;
 use std::ops::Range;
 use std::sync::{Arc, PoisonError};
@@ -117,8 +118,7 @@ impl Prepared {
         on_failure: FailureSink,
     ) -> Result<(LazyMemory, crate::memory::GuestMemory), VmError> {
         self.ram.map()?;
-        let uffd = self.uffd.try_clone().map_err(no_uffd)?;
-        let lazy = LazyMemory::start(Arc::clone(&self.ram), uffd, source, on_failure)?;
+        let lazy = fill_lazily(&self.ram, &self.uffd, source, on_failure)?;
         Ok((lazy, self.ram.guest_memory()?))
     }
 
@@ -154,6 +154,17 @@ impl Prepared {
         }
         Ok(())
     }
+}
+
+/// Memory that is mapped and empty, filled from the source when it is touched.
+pub(super) fn fill_lazily(
+    ram: &Arc<Ram>,
+    uffd: &Uffd,
+    source: Arc<dyn PageSource>,
+    on_failure: FailureSink,
+) -> Result<LazyMemory, VmError> {
+    let uffd = uffd.try_clone().map_err(no_uffd)?;
+    Ok(LazyMemory::start(Arc::clone(ram), uffd, source, on_failure)?)
 }
 
 /// The second-level page table of these pages: by the first vCPU, because all share it.
