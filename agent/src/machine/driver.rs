@@ -128,7 +128,6 @@ pub(super) async fn run(
     gate: Arc<Gate>,
     entry: Entry,
 ) {
-    let mut commands = commands;
     let (found, step) = match entry {
         Entry::Found(found) => {
             let step = recovery_step(&found);
@@ -143,13 +142,15 @@ pub(super) async fn run(
                 let step = recovery_step(&found);
                 (found, step)
             }
-            Ok(None) => return refuse(&id, &shared, &mut commands, &MachineError::not_found(&id)),
-            Err(error) => return refuse(&id, &shared, &mut commands, &error),
+            Ok(None) => return refuse(&id, &shared, commands, &MachineError::not_found(&id)).await,
+            Err(error) => return refuse(&id, &shared, commands, &error).await,
         },
     };
     let mut driver = Driver::new(id, shared, commands, live, gate, &found);
     driver.take_up(found, step).await;
     driver.serve().await;
+    // Whoever gets no answer asks the next driver.
+    hang_up(driver.commands, drop).await;
 }
 
 async fn load(id: &MachineId, shared: &Shared) -> Result<Option<Found>, MachineError> {
@@ -186,11 +187,20 @@ fn recovery_step(found: &Found) -> Step {
     )
 }
 
-fn refuse(id: &MachineId, shared: &Shared, commands: &mut mpsc::Receiver<Command>, error: &MachineError) {
+async fn refuse(id: &MachineId, shared: &Shared, commands: mpsc::Receiver<Command>, error: &MachineError) {
     shared.registry.leave(id, || true);
+    hang_up(commands, |command| command.refuse(error.clone())).await;
+}
+
+/// Take no more commands, and give away those that came while the driver left the registry.
+///
+/// Dropping the queue is not enough: a sender that had its place in it before may put its command there after, and
+/// waits for the answer with the queue in its hands, so that neither is ever dropped. `recv` on a closed queue ends
+/// when no such place is left.
+async fn hang_up(mut commands: mpsc::Receiver<Command>, give_away: impl Fn(Command)) {
     commands.close();
-    while let Ok(command) = commands.try_recv() {
-        command.refuse(error.clone());
+    while let Some(command) = commands.recv().await {
+        give_away(command);
     }
 }
 

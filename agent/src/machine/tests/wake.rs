@@ -1,5 +1,6 @@
 //! Pausing, waking, deleting, and what happens when they meet.
 
+use super::super::driver::{Command, Entry, WakeOrder};
 use super::super::simulated::Point;
 use super::*;
 use torpor_api::{ErrorCode, ExecutionId};
@@ -40,6 +41,30 @@ async fn a_paused_machine_has_no_task() {
     }
     assert_eq!(world.status(&id).await, MachineStatus::Paused);
     assert_eq!(world.fleet.n_drivers(), 0, "a read starts no task");
+}
+
+/// What it was told is nowhere else: a caller who is neither answered nor turned away waits for ever.
+#[tokio::test]
+async fn a_command_that_reaches_a_driver_while_it_leaves_comes_back() {
+    let world = World::new();
+    let id = world.create().await;
+    world.pause(&id).await.unwrap();
+    let left = async || {
+        while world.fleet.n_drivers() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    left().await;
+    let handle = world.fleet.driver(&id, Entry::Load);
+    let place = handle.commands.reserve().await.unwrap();
+    left().await;
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    let (reply, answer) = tokio::sync::oneshot::channel();
+    place.send(Command::Wake(WakeOrder::by("http"), reply));
+    let answer = tokio::time::timeout(Duration::from_secs(10), answer).await;
+    assert!(answer.expect("neither answered nor turned away").is_err());
 }
 
 #[tokio::test]
