@@ -117,6 +117,7 @@ fn table() -> Table<Fleet> {
         .get("/v1/templates", host::templates)
         .get("/v1/endpoints", host::endpoints)
         .get("/v1/healthz", host::health)
+        .get("/v1/metrics", host::metrics)
 }
 
 fn inside_routes(table: Table<Fleet>) -> Table<Fleet> {

@@ -8,6 +8,7 @@
 //! * [`hypervisor`] – what the lifecycle asks of the platform; [`simulated`] is a platform without VMMs.
 //! * [`admission`] – memory of the host, first come, first served; [`room`] – who sleeps so that others can run.
 //! * [`pre_copy`] – memory that is written ahead of a lease's end.
+//! * [`telemetry`] – counters and histograms of all wakes and pauses.
 //! * [`usage`] – what shows use that nobody tells of.
 //! * [`clock`] – time, injected; [`dawn`] – who waits for a machine to run; [`error`] – the one error of operations.
 
@@ -29,6 +30,7 @@ pub mod room;
 pub mod routes;
 pub mod simulated;
 pub mod state;
+pub mod telemetry;
 pub mod usage;
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use crate::machine::driver::{WakeReport, Woken};
 use crate::machine::error::MachineError;
 use crate::machine::fleet::{Fleet, WakeSource};
 use crate::machine::gate::Epoch;
-use crate::machine::hypervisor::{ConnectError, VmmStatus};
+use crate::machine::hypervisor::ConnectError;
 use crate::store::ServiceRoute;
 use async_trait::async_trait;
 use nix::sys::socket::{setsockopt, sockopt};
@@ -160,12 +160,12 @@ impl FleetWaker {
         let trace = report
             .as_deref()
             .map(|report| trace(report, awake_at, request.accepted_at.elapsed()));
-        let on_first_byte = report.map(|_| {
+        let on_first_byte = report.map(|report| {
             let stages = trace.iter().flat_map(|trace: &WakeTrace| &trace.stages);
             let stages = stages
                 .map(|(name, duration)| (format!("{name}_us"), micros(*duration).into()))
                 .collect();
-            report_first_byte(self.0.clone(), machine, Arc::clone(&epoch), stages)
+            report_first_byte(self.0.clone(), machine, Arc::clone(&epoch), (report, stages))
         });
         Connected {
             upstream,
@@ -185,14 +185,18 @@ fn report_first_byte(
     fleet: Fleet,
     machine: MachineId,
     epoch: Arc<Epoch>,
-    stages: serde_json::Map<String, serde_json::Value>,
+    (report, stages): (Arc<WakeReport>, serde_json::Map<String, serde_json::Value>),
 ) -> FirstByteHook {
     Box::new(move |since_accepted| {
         epoch.tell_answered();
         tokio::spawn(async move {
             epoch.execution.first_byte().await;
             let mut detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
-            if let Ok(VmmStatus { counters, .. }) = epoch.execution.status().await {
+            let counters = epoch.execution.status().await.ok().map(|status| status.counters);
+            if let Some(origin) = report.woken_from() {
+                fleet.count_first_byte(origin, since_accepted, counters.as_ref());
+            }
+            if let Some(counters) = counters {
                 detail["pages"] = json!({
                     "ahead": counters.pages_filled,
                     "mapped_faults": counters.mapped_faults_first_byte,
@@ -257,23 +261,9 @@ fn overtaken(machine: &MachineId) -> WakeRefusal {
     WakeRefusal::new(ErrorCode::ResumeFailed, message)
 }
 
-/// Stages with their own durations; those of the VMM are points in time since its request.
+/// The wake's own stages, and what came after them.
 fn trace(report: &WakeReport, awake_at: Duration, connected_at: Duration) -> WakeTrace {
-    let mut stages = vec![("decided", report.decided), ("admitted", report.admitted)];
-    if let Some(restore) = &report.stages {
-        let us = |from: u64, to: u64| Duration::from_micros(to.saturating_sub(from));
-        stages.push(("vmm_ready", us(0, restore.vmm_ready_us)));
-        stages.push(("state_loaded", us(0, restore.vmm.state_loaded_us)));
-        stages.push((
-            "memory_ready",
-            us(restore.vmm.state_loaded_us, restore.vmm.memory_ready_us),
-        ));
-        stages.push((
-            "vcpus_running",
-            us(restore.vmm.memory_ready_us, restore.vmm.running_us),
-        ));
-        stages.push(("resynced", us(restore.restored_us, restore.resynced_us)));
-    }
+    let mut stages = report.stages();
     stages.push(("wake", awake_at));
     stages.push(("connected", connected_at.saturating_sub(awake_at)));
     WakeTrace { stages }

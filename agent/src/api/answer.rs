@@ -20,6 +20,9 @@ pub(super) struct Contents(pub(super) Body);
 /// Text of a guest, likewise.
 pub(super) struct Text(pub(super) String);
 
+/// Metrics in the text format of Prometheus.
+pub(super) struct OpenMetrics(pub(super) String);
+
 /// Server-sent events.
 pub(super) struct Events(pub(super) Response);
 
@@ -61,6 +64,13 @@ impl IntoResponse for Text {
     }
 }
 
+impl IntoResponse for OpenMetrics {
+    fn into_response(self) -> Response {
+        let content_type = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        ([(header::CONTENT_TYPE, content_type)], self.0).into_response()
+    }
+}
+
 impl IntoResponse for Events {
     fn into_response(self) -> Response {
         self.0
@@ -95,6 +105,13 @@ impl Answered for Text {
     fn describe(into: &mut Description) {
         let content = json!({ "text/plain": { "schema": { "type": "string" } } });
         into.answer("200", "The text.", content);
+    }
+}
+
+impl Answered for OpenMetrics {
+    fn describe(into: &mut Description) {
+        let content = json!({ "application/openmetrics-text": { "schema": { "type": "string" } } });
+        into.answer("200", "The metrics.", content);
     }
 }
 

@@ -1,5 +1,6 @@
-//! `/v1/templates`, `/v1/endpoints` and `/v1/healthz`: the host itself.
+//! `/v1/templates`, `/v1/endpoints`, `/v1/healthz` and `/v1/metrics`: the host itself.
 
+use super::answer::OpenMetrics;
 use super::error::Failure;
 use crate::machine::fleet::{Fleet, status_counts};
 use axum::Json;
@@ -36,4 +37,8 @@ pub(super) async fn health(State(fleet): State<Fleet>) -> Result<Json<Health>, F
         machines: status_counts(&fleet).await?,
         pools: fleet.hypervisor().pools(),
     }))
+}
+
+pub(super) async fn metrics(State(fleet): State<Fleet>) -> Result<OpenMetrics, Failure> {
+    Ok(OpenMetrics(fleet.telemetry().await?))
 }

@@ -13,6 +13,7 @@ use axum::body::Body;
 use axum::http::{Request, Response, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
+use torpor_api::ErrorCode;
 use tower::ServiceExt;
 
 pub(super) struct Answer {
@@ -186,6 +187,57 @@ async fn reads_never_wake() {
     );
     assert_eq!(health["pools"]["slots"]["ready"], json!(0));
     assert_eq!(world.host.n_restores(), 0);
+}
+
+#[tokio::test]
+async fn metrics_tell_of_wakes_and_pauses_and_of_what_there_is() {
+    let world = World::new();
+    let router = router(world.fleet.clone());
+    let id = world.create().await;
+    let metrics = async || {
+        let answer = call(&router, "GET", "/v1/metrics", Value::Null).await;
+        let content_type = answer.headers["content-type"].to_str().unwrap();
+        assert!(
+            content_type.starts_with("application/openmetrics-text"),
+            "{content_type}"
+        );
+        answer.body.as_str().unwrap().to_owned()
+    };
+    let before = metrics().await;
+    assert!(
+        before.contains("torpor_machines{status=\"running\"} 1\n"),
+        "{before}"
+    );
+    assert!(before.contains("torpor_freeze_seconds_count 0\n"), "{before}");
+    assert!(before.ends_with("# EOF\n"), "{before}");
+
+    world
+        .host
+        .faults()
+        .at(Point::Persist, Fault::Fail(ErrorCode::DiskFull));
+    assert!(world.pause(&id).await.is_err());
+    world.pause(&id).await.unwrap();
+    world
+        .host
+        .faults()
+        .at(Point::Restore, Fault::Fail(ErrorCode::ResumeFailed));
+    assert!(world.touch(&id).await.is_err());
+    world.touch(&id).await.unwrap();
+    let after = metrics().await;
+    for line in [
+        "torpor_wake_seconds_count{from=\"image\"} 1",
+        "torpor_wake_stage_seconds_count{stage=\"resynced\"} 1",
+        "torpor_wake_failures_total{code=\"machine_resume_failed\"} 1",
+        "torpor_freeze_seconds_count 1",
+        "torpor_pause_durable_seconds_count 1",
+        "torpor_image_written_bytes_total 40960",
+        "torpor_pause_failures_total{code=\"disk_full\"} 1",
+    ] {
+        assert!(
+            after.lines().any(|found| found == line),
+            "{line} is not in {after}"
+        );
+    }
 }
 
 #[tokio::test]

@@ -36,6 +36,7 @@ use super::hypervisor::Hypervisor;
 use super::lines::LineBook;
 use super::registry::{Handle, Registry};
 use super::routes::Routes;
+use super::telemetry::Telemetry;
 use super::usage::Meter;
 use crate::edge::Edge;
 use crate::edge::filter::Filters;
@@ -117,6 +118,7 @@ pub struct Shared {
     pub(super) filters: Filters,
     pub(super) wake_times: filter::WakeTimes,
     pub(super) meter: Meter,
+    pub(super) telemetry: Telemetry,
     pub(super) leases_changed: Notify,
     pub(super) retention_changed: Notify,
     turns: turns::Turns,
@@ -156,6 +158,7 @@ impl Fleet {
                 filters: Filters::default(),
                 wake_times: filter::WakeTimes::default(),
                 meter: Meter::default(),
+                telemetry: Telemetry::default(),
                 leases_changed: Notify::new(),
                 retention_changed: Notify::new(),
                 turns: turns::Turns::default(),

@@ -104,8 +104,7 @@ pub struct Ran {
 }
 
 /// What was there of a machine that was woken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum WokenFrom {
     /// Its files.
     #[default]
@@ -114,6 +113,18 @@ pub enum WokenFrom {
     Dozing,
     /// That VMM, with all its memory.
     Resident,
+}
+
+impl WokenFrom {
+    /// As it stands in events and metrics.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::Dozing => "dozing",
+            Self::Resident => "resident",
+        }
+    }
 }
 
 /// A restore that worked: where its time went.

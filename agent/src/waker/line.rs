@@ -44,13 +44,9 @@ impl Line for FleetLine {
             return Err(WakeRefusal::new(ErrorCode::UpstreamClosed, message));
         }
         let epoch = Arc::clone(woken.pass.epoch());
-        let on_first_byte = woken.report.is_some().then(|| {
-            report_first_byte(
-                self.fleet.clone(),
-                self.machine.clone(),
-                epoch,
-                serde_json::Map::new(),
-            )
+        let on_first_byte = woken.report.map(|report| {
+            let told = (report, serde_json::Map::new());
+            report_first_byte(self.fleet.clone(), self.machine.clone(), epoch, told)
         });
         Ok(Awake {
             guard: Box::new(woken.pass),

@@ -103,6 +103,9 @@ async fn a_request_wakes_and_is_answered_and_its_trace_is_kept() {
         .find(|event| event.kind == "machine.first_byte")
         .unwrap();
     assert_eq!(first_byte.detail["stages"]["state_loaded_us"], 300);
+    let metrics = world.fleet.telemetry().await.unwrap();
+    let counted = "torpor_wake_first_byte_seconds_count{from=\"image\"} 1\n";
+    assert!(metrics.contains(counted), "{metrics}");
 }
 
 #[tokio::test]

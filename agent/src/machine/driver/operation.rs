@@ -2,7 +2,7 @@
 
 use super::super::admission::Reservation;
 use super::super::error::{MachineError, chain};
-use super::super::hypervisor::{Execution, FreezeTrace, HypervisorError, Ran, WakeStages};
+use super::super::hypervisor::{Execution, FreezeTrace, HypervisorError, Ran, WakeStages, WokenFrom};
 use super::super::state::{Effect, Event};
 use super::{Driver, Staged};
 use crate::store::{MachineRow, StoreError};
@@ -68,6 +68,31 @@ pub struct WakeReport {
 }
 
 impl WakeReport {
+    /// Its parts with their own durations, in order.
+    #[must_use]
+    pub fn stages(&self) -> Vec<(&'static str, Duration)> {
+        let mut stages = vec![("decided", self.decided), ("admitted", self.admitted)];
+        if let Some(restore) = &self.stages {
+            // Those of the VMM are points in time since its request.
+            let us = |from: u64, to: u64| Duration::from_micros(to.saturating_sub(from));
+            let vmm = &restore.vmm;
+            stages.extend([
+                ("vmm_ready", us(0, restore.vmm_ready_us)),
+                ("state_loaded", us(0, vmm.state_loaded_us)),
+                ("memory_ready", us(vmm.state_loaded_us, vmm.memory_ready_us)),
+                ("vcpus_running", us(vmm.memory_ready_us, vmm.running_us)),
+                ("resynced", us(restore.restored_us, restore.resynced_us)),
+            ]);
+        }
+        stages
+    }
+
+    /// What was there of the machine; nothing if it booted or its pause was undone.
+    #[must_use]
+    pub fn woken_from(&self) -> Option<WokenFrom> {
+        self.stages.as_ref().map(|stages| stages.from)
+    }
+
     /// As it goes to the events table, in microseconds.
     #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
@@ -81,7 +106,7 @@ impl WakeReport {
             json["vmm_ready_us"] = stages.vmm_ready_us.into();
             json["restored_us"] = stages.restored_us.into();
             json["resynced_us"] = stages.resynced_us.into();
-            json["from"] = serde_json::json!(stages.from);
+            json["from"] = stages.from.as_str().into();
             json["vmm"] = serde_json::json!(stages.vmm);
         }
         json
@@ -97,21 +122,27 @@ impl Driver {
                 self.fail(error);
                 Event::BootFailed
             }
-            Outcome::Restored(Ok(up)) => self.came_up(up, Event::Restored),
+            Outcome::Restored(Ok(up)) => {
+                self.shared.telemetry.woken(&up.report);
+                self.came_up(up, Event::Restored)
+            }
             Outcome::Restored(Err(error)) => self.restore_failed(error).await,
             Outcome::Frozen(Ok(trace)) => {
                 self.freeze = trace;
                 Event::Frozen
             }
-            Outcome::Frozen(Err(error)) => self.failed(error, Event::FreezeFailed),
+            Outcome::Frozen(Err(error)) => self.pause_failed(error, Event::FreezeFailed),
             Outcome::Persisted(Ok(stats)) => {
                 self.persisted = Some(stats);
                 Event::Persisted
             }
-            Outcome::Persisted(Err(error)) => self.failed(error, Event::PersistFailed),
+            Outcome::Persisted(Err(error)) => self.pause_failed(error, Event::PersistFailed),
             Outcome::PauseCommitted(committed) => match *committed {
                 Ok(row) => {
                     self.row = row;
+                    self.shared
+                        .telemetry
+                        .paused(&self.freeze, self.persisted.as_ref());
                     self.shared.retention_changed.notify_one();
                     self.remember(None);
                     Event::PauseCommitted
@@ -121,6 +152,7 @@ impl Driver {
                         code @ (ErrorCode::DiskFull | ErrorCode::TransitionInProgress) => code,
                         _ => ErrorCode::PauseFailed,
                     };
+                    self.shared.telemetry.pause_failed(code);
                     self.fail(MachineError::new(code, chain(&error)));
                     Event::PauseNotCommitted
                 }
@@ -155,7 +187,8 @@ impl Driver {
         }
     }
 
-    fn failed(&mut self, error: HypervisorError, event: Event) -> Event {
+    fn pause_failed(&mut self, error: HypervisorError, event: Event) -> Event {
+        self.shared.telemetry.pause_failed(error.code);
         self.fail(error.into());
         event
     }
@@ -170,6 +203,7 @@ impl Driver {
     /// A refused image may also be one that the disk has left behind: that memory is lost, not to be tried again.
     async fn restore_failed(&mut self, error: HypervisorError) -> Event {
         use super::super::hypervisor::ImageState;
+        self.shared.telemetry.wake_failed(error.code);
         // Any other attempt has taken the network that was kept, and has given it up.
         if error.code != ErrorCode::CapacityExceeded {
             self.lose_lines();
