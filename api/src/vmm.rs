@@ -23,6 +23,11 @@ pub const LISTEN_FD: i32 = 0;
 pub const MAX_MESSAGE: usize = 64 << 10;
 /// Most file descriptors in one message.
 pub const MAX_FDS: usize = 16;
+/// Version of a hibernation image that has all its pages itself: header, layout of guest memory, checksums of pages, encoding of the
+/// state. The VMM writes it, torpord only looks.
+pub const IMAGE_FORMAT: u32 = 4;
+/// Version of one that lies over another, which whoever knows only [`IMAGE_FORMAT`] can't read.
+pub const LAYERED_IMAGE_FORMAT: u32 = 5;
 /// The guest's address; the same in every machine, so that images and forks need no renumbering.
 pub const GUEST_IP: std::net::Ipv4Addr = std::net::Ipv4Addr::new(172, 31, 0, 2);
 /// The tap's address, which is the guest's gateway.

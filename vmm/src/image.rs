@@ -20,10 +20,6 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-/// Version of the format: header, layout of guest memory and encoding of the state.
-pub const FORMAT_VERSION: u32 = 2;
-/// The same for an image that has a base under it, which a VMM that knows only [`FORMAT_VERSION`] can't read.
-pub const LAYERED_FORMAT_VERSION: u32 = 3;
 /// Room for the state.
 pub const VMSTATE_CAPACITY: u64 = 2 << 20;
 /// Room for the working set.

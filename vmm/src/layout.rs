@@ -3,7 +3,7 @@
 //! RAM has two addresses: the guest physical address (GPA) and the *RAM offset*, which counts bytes of RAM
 //! without the hole below 4 GiB. Images, bitmaps and the working set go by RAM offset; the host maps RAM
 //! contiguously by it. The fixed addresses are part of the image format: changing one needs a new
-//! [`crate::image::FORMAT_VERSION`].
+//! [`torpor_api::vmm::IMAGE_FORMAT`].
 
 use torpor_api::limits::MEM_MIB;
 

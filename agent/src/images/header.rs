@@ -8,15 +8,12 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use torpor_api::vmm::{IMAGE_FORMAT, LAYERED_IMAGE_FORMAT};
 
 /// Name of the image in a machine's directory.
 pub const IMAGE: &str = "memory.img";
 /// Length of the header in bytes.
 pub const HEADER_LEN: usize = 4096;
-/// Version of an image that has all its pages itself.
-pub(super) const FORMAT: u32 = 2;
-/// Version of one that lies over another.
-pub(super) const LAYERED_FORMAT: u32 = 3;
 const MAGIC: &[u8; 8] = b"TORPORMI";
 const FLAG_VALID: u32 = 1;
 const CRC_OFFSET: usize = HEADER_LEN - 4;
@@ -90,8 +87,8 @@ fn decode(page: &[u8; HEADER_LEN]) -> Result<Header, &'static str> {
         return Err("checksum of the header is wrong");
     }
     let base = match get32(8) {
-        FORMAT => None,
-        LAYERED_FORMAT => Some(get32(92)),
+        IMAGE_FORMAT => None,
+        LAYERED_IMAGE_FORMAT => Some(get32(92)),
         _ => return Err("written by another version of the VMM"),
     };
     let signature = usize::try_from(get32(88))

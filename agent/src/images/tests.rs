@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use torpor_api::MachineId;
-use torpor_api::vmm::Shape;
+use torpor_api::vmm::{IMAGE_FORMAT, LAYERED_IMAGE_FORMAT, Shape};
 
 use super::disk::{GENERATION, OVERLAY, read_generation};
 use super::header::{HEADER_LEN, IMAGE};
@@ -63,7 +63,7 @@ fn header_over(base: Option<u32>, valid: bool, generation: u64, disk_generation:
     let signature = br#"{"arch":"x86_64"}"#;
     let mut page = vec![0; HEADER_LEN];
     page[..8].copy_from_slice(b"TORPORMI");
-    let version = base.map_or(super::header::FORMAT, |_| super::header::LAYERED_FORMAT);
+    let version = base.map_or(IMAGE_FORMAT, |_| LAYERED_IMAGE_FORMAT);
     page[8..12].copy_from_slice(&version.to_le_bytes());
     page[92..96].copy_from_slice(&base.unwrap_or(0).to_le_bytes());
     page[12..16].copy_from_slice(&u32::from(valid).to_le_bytes());

@@ -274,7 +274,8 @@ fn persist(this: &mut Vmm, generation: u64, image: &File) -> Option<Event> {
 fn image_header(stats: &PersistStats) -> Vec<u8> {
     let mut page = vec![0; 4096];
     page[..8].copy_from_slice(b"TORPORMI");
-    page[8..16].copy_from_slice(&[2, 0, 0, 0, 1, 0, 0, 0]);
+    page[8..12].copy_from_slice(&torpor_api::vmm::IMAGE_FORMAT.to_le_bytes());
+    page[12..16].copy_from_slice(&1u32.to_le_bytes());
     page[16..24].copy_from_slice(&stats.generation.to_le_bytes());
     page[24..32].copy_from_slice(&stats.disk_generation.to_le_bytes());
     page[88..92].copy_from_slice(&2u32.to_le_bytes());

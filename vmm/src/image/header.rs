@@ -1,9 +1,10 @@
 //! The first page of an image.
 
-use super::{FORMAT_VERSION, LAYERED_FORMAT_VERSION, VMSTATE_CAPACITY, WORKING_SET_CAPACITY};
+use super::{VMSTATE_CAPACITY, WORKING_SET_CAPACITY};
 use crate::layout::PAGE_BYTES;
 use serde::{Deserialize, Serialize};
 use torpor_api::limits::MEM_MIB;
+use torpor_api::vmm::{IMAGE_FORMAT, LAYERED_IMAGE_FORMAT};
 
 /// Bytes of the header.
 pub(super) const HEADER_LEN: usize = 4096;
@@ -29,7 +30,7 @@ pub enum HeaderError {
         wanted: u32,
     },
     /// Another version of the format.
-    #[error("format version is {found}, this VMM reads {FORMAT_VERSION} and {LAYERED_FORMAT_VERSION}")]
+    #[error("format version is {found}, this VMM reads {IMAGE_FORMAT} and {LAYERED_IMAGE_FORMAT}")]
     Version {
         /// In the header.
         found: u32,
@@ -216,9 +217,9 @@ impl Header {
         put32(
             8,
             if self.base.is_some() {
-                LAYERED_FORMAT_VERSION
+                LAYERED_IMAGE_FORMAT
             } else {
-                FORMAT_VERSION
+                IMAGE_FORMAT
             },
         );
         put32(12, if self.valid { FLAG_VALID } else { 0 });
@@ -262,8 +263,8 @@ impl Header {
             return Err(HeaderError::Checksum { found, wanted });
         }
         let base = match get32(8) {
-            FORMAT_VERSION => None,
-            LAYERED_FORMAT_VERSION => Some(get32(92)),
+            IMAGE_FORMAT => None,
+            LAYERED_IMAGE_FORMAT => Some(get32(92)),
             found => return Err(HeaderError::Version { found }),
         };
         let signature_len = get32(88) as usize;
