@@ -37,7 +37,7 @@ macro_rules! label {
         }
     };
 }
-label!(From, from);
+label!(Origin, from);
 label!(Stage, stage);
 label!(Code, code);
 label!(Kind, kind);
@@ -60,9 +60,9 @@ fn steps() -> Histogram {
 /// Counters and histograms of one torpord.
 pub struct Telemetry {
     registry: Registry,
-    woken: Timed<From>,
+    woken: Timed<Origin>,
     stages: Timed<Stage>,
-    first_bytes: Timed<From>,
+    first_bytes: Timed<Origin>,
     page_faults: Family<Kind, Counter>,
     failed_wakes: Family<Code, Counter>,
     freezes: Histogram,
@@ -118,9 +118,9 @@ impl Telemetry {
     /// A machine was restored.
     pub(super) fn woken(&self, report: &WakeReport) {
         let took = report.decided + report.running;
-        if let Some(origin) = report.woken_from() {
+        if let Some(from) = report.woken_from() {
             self.woken
-                .get_or_create(&from(origin))
+                .get_or_create(&Origin::of(from))
                 .observe(took.as_secs_f64());
         }
         for (stage, took) in report.stages() {
@@ -130,9 +130,9 @@ impl Telemetry {
         }
     }
 
-    fn first_byte(&self, origin: WokenFrom, took: Duration, counters: Option<&Counters>) {
+    fn first_byte(&self, from: WokenFrom, took: Duration, counters: Option<&Counters>) {
         self.first_bytes
-            .get_or_create(&from(origin))
+            .get_or_create(&Origin::of(from))
             .observe(took.as_secs_f64());
         let Some(counters) = counters else { return };
         for (kind, n_faults) in [
@@ -165,17 +165,19 @@ impl Telemetry {
     }
 }
 
-fn from(origin: WokenFrom) -> From {
-    From {
-        from: origin.as_str(),
+impl Origin {
+    fn of(woken_from: WokenFrom) -> Self {
+        Self {
+            from: woken_from.as_str(),
+        }
     }
 }
 
 impl Fleet {
     /// A request that woke its machine is being answered, so long after its arrival. The counters are unknown if the VMM went
     /// away meanwhile.
-    pub fn count_first_byte(&self, origin: WokenFrom, took: Duration, counters: Option<&Counters>) {
-        self.shared.telemetry.first_byte(origin, took, counters);
+    pub fn count_first_byte(&self, from: WokenFrom, took: Duration, counters: Option<&Counters>) {
+        self.shared.telemetry.first_byte(from, took, counters);
     }
 
     /// All of it as text, with what there is right now.

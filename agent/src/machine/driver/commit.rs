@@ -25,6 +25,11 @@ impl Driver {
         if is_woken && self.wake.first_port().is_some() && !self.waiters.need_commit() {
             let _ = tokio::time::timeout(FIRST_ANSWER, epoch.answered()).await;
         }
+        if event == Some(Event::Restored)
+            && let Some(report) = &self.report
+        {
+            self.shared.telemetry.woken(report);
+        }
         let execution = epoch.execution.id().clone();
         let failure = self.failure.clone();
         // A lease that could not be carried out keeps its deadline; the timer comes back to it.

@@ -122,10 +122,7 @@ impl Driver {
                 self.fail(error);
                 Event::BootFailed
             }
-            Outcome::Restored(Ok(up)) => {
-                self.shared.telemetry.woken(&up.report);
-                self.came_up(up, Event::Restored)
-            }
+            Outcome::Restored(Ok(up)) => self.came_up(up, Event::Restored),
             Outcome::Restored(Err(error)) => self.restore_failed(error).await,
             Outcome::Frozen(Ok(trace)) => {
                 self.freeze = trace;
