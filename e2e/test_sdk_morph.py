@@ -100,7 +100,8 @@ def test_the_guides_agent_scales_to_zero_and_wakes_with_its_memory(client, snaps
     try:
         serve_counter(agent.instance)
         before = torpor.fetch(url)
-        agent.instance.set_ttl(ttl_seconds=1, ttl_action="pause")
+        # Its wake begins another such window, which must not end before the refresh below.
+        agent.instance.set_ttl(ttl_seconds=5, ttl_action="pause")
         paused(agent.instance)
         assert client.instances.get(agent.instance.id).status == "paused"
         assert agent.instance.ttl.ttl_expire_at is None
