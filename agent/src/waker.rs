@@ -188,13 +188,15 @@ fn report_first_byte(
     (report, stages): (Arc<WakeReport>, serde_json::Map<String, serde_json::Value>),
 ) -> FirstByteHook {
     Box::new(move |since_accepted| {
-        epoch.tell_answered();
+        let is_first = epoch.tell_answered();
         tokio::spawn(async move {
             epoch.execution.first_byte().await;
             let mut detail = json!({ "first_byte_us": micros(since_accepted), "stages": stages });
             let counters = epoch.execution.status().await.ok().map(|status| status.counters);
-            if let Some(origin) = report.woken_from() {
-                fleet.count_first_byte(origin, since_accepted, counters.as_ref());
+            if let Some(from) = report.woken_from() {
+                // All who waited for one wake share its page faults.
+                let of_wake = counters.as_ref().filter(|_| is_first);
+                fleet.count_first_byte(from, since_accepted, of_wake);
             }
             if let Some(counters) = counters {
                 detail["pages"] = json!({

@@ -5,7 +5,7 @@
 //! that opens and shuts; [`Gate::drain`] shuts in the same instant in which it finds nobody inside, so no
 //! request is caught in a freeze unless it outlasts the driver's patience.
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
@@ -35,6 +35,7 @@ pub struct Epoch {
     inside: AtomicUsize,
     left: Notify,
     answered: Notify,
+    was_answered: AtomicBool,
 }
 
 impl Epoch {
@@ -48,12 +49,14 @@ impl Epoch {
             inside: AtomicUsize::new(0),
             left: Notify::new(),
             answered: Notify::new(),
+            was_answered: AtomicBool::new(false),
         })
     }
 
-    /// The first response byte of the request that woke the machine is out.
-    pub fn tell_answered(&self) {
+    /// The first response byte of a request that woke the machine is out; `true` for the first of them.
+    pub fn tell_answered(&self) -> bool {
         self.answered.notify_one();
+        !self.was_answered.swap(true, Ordering::AcqRel)
     }
 
     /// Wait for that, or for the execution's end.

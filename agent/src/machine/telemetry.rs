@@ -174,8 +174,8 @@ impl Origin {
 }
 
 impl Fleet {
-    /// A request that woke its machine is being answered, so long after its arrival. The counters are unknown if the VMM went
-    /// away meanwhile.
+    /// A request that woke its machine is being answered, so long after its arrival. The counters come with one request of each
+    /// wake, unless the VMM went away meanwhile.
     pub fn count_first_byte(&self, from: WokenFrom, took: Duration, counters: Option<&Counters>) {
         self.shared.telemetry.first_byte(from, took, counters);
     }
