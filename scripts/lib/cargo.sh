@@ -23,6 +23,11 @@ rust_version() { sed -nE 's/^channel = "(.*)"/\1/p' "$REPO/rust-toolchain.toml";
 # cargo_loud ARG…: cargo in the repository with its progress on stderr, told only if there is something to do.
 cargo_loud() { (cd "$REPO" && cargo "$@" 1>&2); }
 
+# linted CMD…: have cargo compile our own crates with clippy, as `cargo clippy` does, where a warning is an error. What comes
+# out can be run, so that checking and testing need one build instead of two.
+linted() { RUSTC_WORKSPACE_WRAPPER=clippy-driver CLIPPY_ARGS=-Dwarnings__CLIPPY_HACKERY__ "$@"; }
+export -f linted
+
 build_host_binaries() {
     local bins=() b start=$SECONDS
     for b in "${HOST_BINARIES[@]}"; do bins+=(--bin "$b"); done
