@@ -359,7 +359,7 @@ def test_ssh_has_terminals_forwards_and_directories(instance, tmp_path):
         torpor.wait_for(lambda: process.completed and "over" in process.stdout, "it runs beside others")
         process.stop()
         instance.exec("setsid python3 -m http.server 8099 --bind 127.0.0.1 --directory /workspace "
-                      "</dev/null >/dev/null 2>&1 &")
+                      "</dev/null >/tmp/served 2>&1 & until grep -q ':1FA3 .* 0A ' /proc/net/tcp; do sleep 0.2; done")
         with ssh.tunnel(18099, 8099):
             def forwarded():
                 with contextlib.suppress(OSError, http.client.HTTPException):
