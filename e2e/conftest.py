@@ -14,9 +14,7 @@ def restart_with(text):
     torpor.wait_for_torpord()
 
 
-@pytest.fixture
-def configured():
-    """Restart torpord with these limits; the configuration as it was comes back at the end."""
+def configuring():
     before = CONFIG.read_text()
 
     def change(**limits):
@@ -26,6 +24,18 @@ def configured():
         restart_with("\n".join(kept) + "\n")
     yield change
     restart_with(before)
+
+
+@pytest.fixture
+def configured():
+    """Restart torpord with these limits; the configuration as it was comes back at the end."""
+    yield from configuring()
+
+
+@pytest.fixture(scope="module")
+def configured_for_all():
+    """The same for all tests of a file: a restart takes some ten seconds in the virtual host."""
+    yield from configuring()
 
 
 @pytest.fixture

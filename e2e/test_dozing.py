@@ -25,10 +25,13 @@ def pause_until_it_dozes(machine):
     return pid
 
 
+@pytest.fixture(scope="module")
+def one_may_doze(configured_for_all):
+    configured_for_all(dozing=1)
+
+
 @pytest.fixture
-def dozing(configured, counter):
-    configured(dozing=1)
-    torpor.fetch(counter.url())
+def dozing(one_may_doze, counter):
     return counter
 
 

@@ -12,7 +12,7 @@ import pytest
 import torpor
 from test_ssh import HOST, PORT
 
-N_ROUNDS = 50
+N_ROUNDS = 30
 N_CLIENTS = 5
 
 

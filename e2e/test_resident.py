@@ -29,10 +29,13 @@ def was_resident(machine):
     return woken_from(machine) == "resident"
 
 
+@pytest.fixture(scope="module")
+def two_may_stay(configured_for_all):
+    configured_for_all(resident_mem_mib=600, resident_s=600)
+
+
 @pytest.fixture
-def resident(configured, counter):
-    configured(resident_mem_mib=600, resident_s=600)
-    torpor.fetch(counter.url())
+def resident(two_may_stay, counter):
     return counter
 
 

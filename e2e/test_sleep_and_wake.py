@@ -24,7 +24,7 @@ def wake_and_check(machine, before):
 
 def test_fifty_cycles_lose_nothing_and_do_not_grow(machine_factory):
     machine = machine_factory(mem_mib=256, services=[{"port": torpor.SERVICE_PORT}])
-    machine.start_counter(pattern_mib=64)
+    machine.start_counter(pattern_mib=16)
     state = torpor.fetch(machine.url("/check"))
     size_at_two = None
     for cycle in range(1, 51):
