@@ -10,10 +10,14 @@ CHURN_MIB = 24
 
 def cycle(machine, state):
     """Wake it, have it change some memory, and let its lease put it to sleep; its state, and what the pause tells of its writing."""
+    def set_lease(seconds):
+        torpor.call("PUT", f"/v1/machines/{machine.id}/lease", {"lease": {"seconds": seconds, "action": "pause"}})
+    # A wake begins the window anew, and what comes before the pause may take longer than that.
+    set_lease(600)
     state = wake_and_check(machine, state)
     machine.sh(f"dd if=/dev/urandom of=/dev/shm/churn bs=1M count={CHURN_MIB} status=none")
     n_pauses = len(machine.events("machine.paused"))
-    torpor.call("PUT", f"/v1/machines/{machine.id}/lease", {"lease": {"seconds": LEASE_S, "action": "pause"}})
+    set_lease(LEASE_S)
     paused = torpor.wait_for(lambda: machine.events("machine.paused")[n_pauses:], "the lease pauses the machine", 60)
     return state, paused[0]["detail"]["persist"]
 

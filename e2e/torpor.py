@@ -120,23 +120,17 @@ class Machine:
     def start_counter(self, pattern_mib=0, port=SERVICE_PORT):
         """Start guest/counter.py inside and wait until it answers through the proxy."""
         source = (GUEST_DIR / "counter.py").read_text()
-        self.exec("sh", "-c", "cat > /workspace/counter.py", stdin=source)
-        self.exec("python3", "/workspace/counter.py", str(port), str(pattern_mib), background=True, timeout_ms=None)
+        ready = f"/tmp/counter-{port}"
+        self.exec("sh", "-c", f"cat > /workspace/counter.py && rm -f {ready} && mkfifo {ready}", stdin=source)
+        self.exec("python3", "/workspace/counter.py", str(port), str(pattern_mib), ready, background=True, timeout_ms=None)
         if not any(s["port"] == port for s in self.get()["services"]):
             call("POST", f"/v1/machines/{self.id}/services", {"port": port})
-        url = self.url(port=port)
-
-        seen = []
-
-        def answers():
-            try:
-                return fetch(url, timeout=30)
-            except (OSError, http.client.HTTPException, ApiFailure) as error:
-                seen.append(f"{error!r}"[:200])
+        # Asking for its first answer again and again would take the processor that it starts with.
         try:
-            return wait_for(answers, "counter.py answers")
-        except AssertionError as error:
-            raise AssertionError(f"{error}; tries {len(seen)}, last {seen[-1:]}; {self.describe()}") from None
+            self.sh(f"cat {ready}")
+            return fetch(self.url(port=port))
+        except (ApiFailure, AssertionError) as error:
+            raise AssertionError(f"counter.py does not answer: {error}; {self.describe()}") from None
 
     def describe(self):
         """What is known of a machine that does not do what it should, for the report of a failed test."""

@@ -56,4 +56,9 @@ class Server(http.server.ThreadingHTTPServer):
     request_queue_size = 2048
 
 
-Server(("0.0.0.0", int(sys.argv[1])), Handler).serve_forever()
+server = Server(("0.0.0.0", int(sys.argv[1])), Handler)
+if len(sys.argv) > 3:
+    # A FIFO: whoever started this waits at its other end.
+    with open(sys.argv[3], "w") as ready:
+        ready.write("\n")
+server.serve_forever()
