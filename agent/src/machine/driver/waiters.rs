@@ -235,9 +235,15 @@ impl Driver {
                     self.first.clone_from(&order.first);
                     self.wake = order.clone();
                 }
+                let is_next =
+                    matches!(state, State::Evicting | State::Copying) && self.waiters.wakes.len() == 1;
                 if state != self.state {
                     self.report = None;
                     self.failure = None;
+                    self.wake = order;
+                } else if is_next {
+                    // It begins as soon as that is over, and is told of as this caller's.
+                    self.report = None;
                     self.wake = order;
                 } else if state == State::Running {
                     // Already awake: no wake to tell of.

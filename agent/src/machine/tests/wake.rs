@@ -43,6 +43,47 @@ async fn a_paused_machine_has_no_task() {
     assert_eq!(world.fleet.n_drivers(), 0, "a read starts no task");
 }
 
+#[tokio::test]
+async fn a_wake_that_comes_while_the_vmm_is_ended_is_told_of_as_its_own() {
+    let world = World::new();
+    let id = world.create().await;
+    world.pause(&id).await.unwrap();
+    let null = serde_json::Value::Null;
+    drop(
+        world
+            .fleet
+            .wake(&id, WakeSource::Ssh, null.clone())
+            .await
+            .unwrap(),
+    );
+    let hold = world.host.faults().hold(Point::Quit);
+    let wake = async {
+        hold.arrived().await;
+        let woken = world.fleet.wake(&id, WakeSource::Http, null);
+        tokio::join!(woken, async {
+            tokio::task::yield_now().await;
+            hold.release();
+        })
+    };
+    let (paused, (woken, ())) = tokio::join!(world.pause(&id), wake);
+    assert!(woken.unwrap().report.is_some(), "it was restored for this caller");
+    drop(paused);
+    while world.count(&id, "machine.woken").await < 2 {
+        tokio::task::yield_now().await;
+    }
+    let filter = EventFilter {
+        machine: Some(id),
+        after: 0,
+        limit: 1000,
+    };
+    let events = world.fleet.store().events(filter).await.unwrap();
+    let woken = events.into_iter().filter(|event| event.kind == "machine.woken");
+    assert_eq!(
+        woken.map(|event| event.actor).collect::<Vec<_>>(),
+        ["ssh", "http"]
+    );
+}
+
 /// What it was told is nowhere else: a caller who is neither answered nor turned away waits for ever.
 #[tokio::test]
 async fn a_command_that_reaches_a_driver_while_it_leaves_comes_back() {
