@@ -58,7 +58,7 @@ def test_killing_torpord_leaves_running_machines_running(counter):
     assert_same_life(counter, before)
 
 
-@pytest.mark.parametrize("delay_ms", [0, 20, 100, 300, 800, 2000])
+@pytest.mark.parametrize("delay_ms", [0, 100, 800, 2000])
 def test_killing_torpord_while_pausing_loses_nothing(counter, delay_ms):
     before = torpor.fetch(counter.url("/check"))
     pause = in_background(counter.pause)
@@ -72,7 +72,7 @@ def test_killing_torpord_while_pausing_loses_nothing(counter, delay_ms):
     assert_same_life(counter, before)
 
 
-@pytest.mark.parametrize("delay_ms", [0, 20, 100, 300, 800])
+@pytest.mark.parametrize("delay_ms", [0, 100, 800])
 def test_killing_torpord_while_waking_loses_nothing(counter, delay_ms):
     before = torpor.fetch(counter.url("/check"))
     counter.pause()
