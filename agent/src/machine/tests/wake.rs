@@ -61,7 +61,8 @@ async fn a_wake_that_comes_while_the_vmm_is_ended_is_told_of_as_its_own() {
         hold.arrived().await;
         let woken = world.fleet.wake(&id, WakeSource::Http, null);
         tokio::join!(woken, async {
-            tokio::task::yield_now().await;
+            // Until the driver has it.
+            tokio::time::sleep(Duration::from_millis(300)).await;
             hold.release();
         })
     };
