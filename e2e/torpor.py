@@ -129,7 +129,7 @@ class Machine:
         try:
             self.sh(f"cat {ready}")
             return fetch(self.url(port=port))
-        except (ApiFailure, AssertionError) as error:
+        except (ApiFailure, AssertionError, OSError, http.client.HTTPException) as error:
             raise AssertionError(f"counter.py does not answer: {error}; {self.describe()}") from None
 
     def describe(self):
