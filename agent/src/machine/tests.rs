@@ -21,7 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tempfile::TempDir;
 use torpor_api::MachineId;
-use torpor_api::http::{CreateMachine, ExecRequest, Machine, MachineStatus, ResumeFrom};
+use torpor_api::http::{CreateMachine, Event, ExecRequest, Machine, MachineStatus, ResumeFrom};
 
 pub(crate) const START_UNIX_MS: u64 = 1_700_000_000_000;
 
@@ -133,20 +133,18 @@ impl World {
             .unwrap_or_else(|_| panic!("{id} never became {wanted:?}"));
     }
 
-    pub(crate) async fn events(&self, id: &MachineId) -> Vec<String> {
+    pub(crate) async fn recorded(&self, id: &MachineId) -> Vec<Event> {
         let filter = EventFilter {
             machine: Some(id.clone()),
             after: 0,
             limit: 1000,
         };
-        self.fleet
-            .store()
-            .events(filter)
-            .await
-            .unwrap()
-            .into_iter()
-            .map(|event| event.kind)
-            .collect()
+        self.fleet.store().events(filter).await.unwrap()
+    }
+
+    pub(crate) async fn events(&self, id: &MachineId) -> Vec<String> {
+        let events = self.recorded(id).await;
+        events.into_iter().map(|event| event.kind).collect()
     }
 
     pub(crate) async fn count(&self, id: &MachineId, kind: &str) -> usize {

@@ -72,12 +72,7 @@ async fn a_wake_that_comes_while_the_vmm_is_ended_is_told_of_as_its_own() {
     while world.count(&id, "machine.woken").await < 2 {
         tokio::task::yield_now().await;
     }
-    let filter = EventFilter {
-        machine: Some(id),
-        after: 0,
-        limit: 1000,
-    };
-    let events = world.fleet.store().events(filter).await.unwrap();
+    let events = world.recorded(&id).await;
     let woken = events.into_iter().filter(|event| event.kind == "machine.woken");
     assert_eq!(
         woken.map(|event| event.actor).collect::<Vec<_>>(),
