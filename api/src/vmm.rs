@@ -243,7 +243,7 @@ pub struct RestoreTrace {
     /// Files, clock and vCPU state handed over; from here on the working set is put in place.
     #[serde(default)]
     pub attached_us: u64,
-    /// Its pages read and checked.
+    /// Its pages read and checked: before they are mapped, or after all else if nobody watches what is touched.
     #[serde(default)]
     pub checked_us: u64,
     /// Its pages mapped.
@@ -290,7 +290,7 @@ pub struct Counters {
     /// userfaultfd faults served up to the first response byte.
     pub uffd_faults_first_byte: u64,
     /// Pages of the mapped image that were not in the page table when the guest wanted them, up to the first
-    /// response byte.
+    /// response byte. After a restore that did not watch what is touched: those that it wrote.
     pub mapped_faults_first_byte: u64,
     /// Pages copied or mapped, for faults and ahead of them.
     pub pages_filled: u64,

@@ -15,6 +15,7 @@ pub mod lazy;
 pub mod prefetch;
 mod recording;
 mod source;
+mod unwatched;
 
 pub use source::Backing;
 
@@ -286,6 +287,19 @@ impl Ram {
         // SAFETY: source and buffer are valid for the length and can't overlap: one is the mapping, the
         // other a Rust allocation. The guest may write meanwhile; any bytes are valid.
         unsafe { std::ptr::copy_nonoverlapping(source, buffer.as_mut_ptr(), buffer.len()) };
+    }
+
+    /// The bytes of whole pages where they are. Waits for a fill if one is missing.
+    ///
+    /// # Errors
+    /// The range is not RAM.
+    ///
+    /// # Safety
+    /// Nobody writes to these pages while the bytes are borrowed, neither a vCPU nor a device nor KVM.
+    pub unsafe fn bytes(&self, pages: &Range<u64>) -> io::Result<&[u8]> {
+        let (start, len) = self.range(pages)?;
+        // SAFETY: the range is inside the mapping, as just checked, and stays as it is, as the caller promises.
+        Ok(unsafe { std::slice::from_raw_parts(start.cast(), len) })
     }
 
     /// Ranges of pages that are present and not those of a mapped image, in order.

@@ -25,7 +25,7 @@ pub use restore::RestoreRequest;
 use crate::arch::{self, VcpuState, VmState};
 use crate::devices::{DeviceSet, DevicesState};
 use crate::image::persist::PersistError;
-use crate::image::{Extent, HostSignature, ImageFile, MAX_DOUBTED_BYTES, bounded};
+use crate::image::{Extent, HostSignature, ImageFile};
 use crate::layout::PAGE_SIZE;
 use crate::memory::lazy::FillCounts;
 use crate::memory::{Backing, Ram};
@@ -289,18 +289,13 @@ impl Vm {
         process::trim_heap();
     }
 
-    /// Best effort: without a set the next wake is slower. What a run touched that answered nobody may be far more
-    /// than a wake needs.
+    /// Best effort: without a set the next wake is slower.
     fn record_working_set(&mut self, has_answered: bool) {
         let Backing::Lazy(lazy) = &self.backing else {
             return;
         };
-        match lazy.take_working_set() {
-            Ok(Some(set)) if has_answered => self.working_set = set,
-            Ok(Some(set)) => {
-                let doubted = set.into_iter().map(Extent::doubted).collect();
-                self.working_set = bounded(doubted, MAX_DOUBTED_BYTES);
-            }
+        match lazy.take_working_set(has_answered) {
+            Ok(Some(set)) => self.working_set = set,
             Ok(None) => {}
             Err(error) => tracing::warn!(%error, "working set not recorded"),
         }

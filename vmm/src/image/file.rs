@@ -63,6 +63,11 @@ pub trait PageSource: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// A page is not there, or is not what was written.
     fn check<'a>(&self, pages: Range<u64>, view: &'a ImageView) -> Result<&'a [u8], PageError>;
+    /// Check the bytes of whole pages that somebody else brought.
+    ///
+    /// # Errors
+    /// A page is not what was written.
+    fn verify(&self, first: u64, content: &[u8]) -> Result<(), PageError>;
     /// These pages will be read soon.
     fn will_need(&self, pages: Range<u64>);
     /// About how many of these pages would have to come from a disk; none if that can't be known.
@@ -223,19 +228,6 @@ impl ImageFile {
         Ok(Some(extents))
     }
 
-    fn verify(&self, first: u64, content: &[u8]) -> Result<(), PageError> {
-        let end = first + (content.len() / PAGE_SIZE) as u64;
-        for (content, page) in content.chunks_exact(PAGE_SIZE).zip(first..) {
-            let wanted = self.checksum(page);
-            let wanted = wanted.map_err(|source| PageError::Read { first, end, source })?;
-            let found = page_checksum(content);
-            if found != wanted {
-                return Err(PageError::Checksum { page, found, wanted });
-            }
-        }
-        Ok(())
-    }
-
     /// Read pages as they are, unchecked.
     pub(super) fn read_raw(&self, first: u64, buffer: &mut [u8]) -> io::Result<()> {
         let end = first + (buffer.len() / PAGE_SIZE) as u64;
@@ -310,6 +302,19 @@ impl PageSource for ImageFile {
         })?;
         self.verify(pages.start, bytes)?;
         Ok(bytes)
+    }
+
+    fn verify(&self, first: u64, content: &[u8]) -> Result<(), PageError> {
+        let end = first + (content.len() / PAGE_SIZE) as u64;
+        for (content, page) in content.chunks_exact(PAGE_SIZE).zip(first..) {
+            let wanted = self.checksum(page);
+            let wanted = wanted.map_err(|source| PageError::Read { first, end, source })?;
+            let found = page_checksum(content);
+            if found != wanted {
+                return Err(PageError::Checksum { page, found, wanted });
+            }
+        }
+        Ok(())
     }
 
     fn will_need(&self, pages: Range<u64>) {

@@ -16,7 +16,7 @@ pub const MAX_BYTES: u64 = 256 << 20;
 pub const MAX_DOUBTED_BYTES: u64 = 64 << 20;
 const HEADER_LEN: usize = 8;
 const EXTENT_LEN: usize = 8;
-/// One in so many windows of a set is made tentative for a wake, so that a set forgets what is no longer touched.
+/// One in so many windows of a set is made tentative for a watched wake, so that a set forgets what is no longer touched.
 const PROBATION_ONE_IN: u64 = 128;
 /// Pages of a window that goes on probation.
 const PROBATION_PAGES: u64 = 8;
@@ -85,10 +85,10 @@ impl Extent {
     }
 }
 
-/// The set for one wake: a part of it, another one for every generation, is tentative.
+/// The set for one wake: a part of it, another one every turn, is tentative.
 #[must_use]
-pub fn with_probation(set: &[Extent], generation: u64) -> Vec<Extent> {
-    let on_probation = |page: u64| page / PROBATION_PAGES % PROBATION_ONE_IN == generation % PROBATION_ONE_IN;
+pub fn with_probation(set: &[Extent], turn: u64) -> Vec<Extent> {
+    let on_probation = |page: u64| page / PROBATION_PAGES % PROBATION_ONE_IN == turn % PROBATION_ONE_IN;
     let mut cut = Vec::with_capacity(set.len());
     for extent in set {
         for (run, tentative) in runs_by(extent.pages(u64::MAX), on_probation) {
@@ -182,8 +182,8 @@ mod tests {
     fn every_page_is_on_probation_once_in_a_while_and_no_page_gets_lost() {
         let set = [Extent::new(3..2000).unwrap().with_written(true)];
         let mut n_times = vec![0; 2000];
-        for generation in 0..PROBATION_ONE_IN {
-            let cut = with_probation(&set, generation);
+        for turn in 0..PROBATION_ONE_IN {
+            let cut = with_probation(&set, turn);
             assert!(cut.iter().all(Extent::is_written));
             assert_eq!(cut.iter().flat_map(|part| part.pages(u64::MAX)).count(), 1997);
             for page in cut

@@ -13,7 +13,7 @@
 //! ([`super::recording`]).
 
 use super::{MemoryError, PageBitmap, Ram};
-use crate::image::{ImageView, PageError, PageSource, is_zero};
+use crate::image::{Extent, ImageView, PageError, PageSource, is_zero};
 use crate::layout::{PAGE_BYTES, PAGE_SIZE};
 use crate::pages::runs_by;
 use crate::sys::process::as_fd;
@@ -122,6 +122,8 @@ pub(super) struct Shared {
     pub(super) mapped: OnceLock<Vec<Range<u64>>>,
     /// Pages that were put in place before anybody touched them, in order.
     pub(super) ahead: OnceLock<Vec<Range<u64>>>,
+    /// The working set that stays, if it was put in place unwatched.
+    pub(super) kept: OnceLock<Vec<Extent>>,
     counters: FillCounters,
 }
 
@@ -159,6 +161,7 @@ impl LazyMemory {
             view: Mutex::default(),
             mapped: OnceLock::new(),
             ahead: OnceLock::new(),
+            kept: OnceLock::new(),
             counters: FillCounters::default(),
         });
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(MemoryError::Thread)?;

@@ -1,9 +1,10 @@
 //! The working set, put in place before the vCPUs run.
 //!
-//! Two ways, for the same pages and with the same checks. *Copied*: checked, copied in by userfaultfd; the
+//! Three ways, for the same pages and with the same checks. *Copied*: checked, copied in by userfaultfd; the
 //! memory is this process's alone. *Mapped*: checked, and then the image's own pages in the page cache are
 //! mapped privately: nothing is copied, clones of one image share them, and they cost no memory of this process
-//! until they are written. Runs of zero pages are zero pages either way.
+//! until they are written. *Unwatched* ([`super::unwatched`]): mapped, and then checked where they are. Runs of zero pages are zero
+//! pages in any case.
 //! Pages that the page cache holds are checked where they are, others are read.
 //!
 //! Only for a guest that does not run yet: replacing a mapping under a running vCPU would race with its faults, and a
@@ -20,7 +21,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 /// Pages read and checked at once.
-const BATCH_PAGES: u64 = 64;
+pub(super) const BATCH_PAGES: u64 = 64;
 /// Pages between two parts of the working set that are checked and mapped with them. Another mapping costs as much as
 /// checking about 16 pages, in the virtual host and on metal; the rest is for what the guest touches after its first
 /// answer, which it finds mapped: with 12, a wake was no faster, and a fifth more pages had to be copied until the next pause.
@@ -31,18 +32,20 @@ const COLD_GAP_PAGES: u64 = 4;
 const COLD_FROM_ONE_IN: u64 = 8;
 /// A run of zero pages shorter than this between others is mapped with them: every run costs a mapping, and every page a
 /// place in the page table.
-const LONG_ZERO_RUN_PAGES: u64 = 32;
+pub(super) const LONG_ZERO_RUN_PAGES: u64 = 32;
 /// Most separate mappings of one working set; the kernel's limit for a process is 65,530 by default.
-const MAX_MAPPINGS: usize = 8192;
+pub(super) const MAX_MAPPINGS: usize = 8192;
 
 /// How pages get from the image into guest memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Placement {
     /// As copies.
     Copied,
-    /// As private mappings of the image.
+    /// As private mappings of the image, so that the page table tells which of them the guest touches.
     #[default]
     Mapped,
+    /// As private mappings of the image, without that: half the page faults. As mapped if the image has to come from a disk.
+    Unwatched,
 }
 
 /// What was put in place, and when each step was done.
@@ -75,7 +78,7 @@ impl LazyMemory {
         let wanted: Vec<_> = extents.iter().map(|extent| extent.pages(limit)).collect();
         let with_gaps = |gap| match placement {
             Placement::Copied => union(wanted.clone()),
-            Placement::Mapped => bridged(wanted.clone(), gap),
+            Placement::Mapped | Placement::Unwatched => bridged(wanted.clone(), gap),
         };
         let mut ranges = with_gaps(GAP_PAGES);
         let is_in_memory = !shared.is_on_disk(&ranges);
@@ -84,6 +87,9 @@ impl LazyMemory {
             for range in &ranges {
                 shared.source.will_need(range.clone());
             }
+        }
+        if is_in_memory && placement == Placement::Unwatched {
+            return self.lay_out_unwatched(extents, ranges);
         }
         let view = shared.keep_view(is_in_memory);
         let pieces = ranges.into_iter().flat_map(|range| pieces(range, BATCH_PAGES));
@@ -104,16 +110,13 @@ impl LazyMemory {
         // By one thread: mappings exclude each other and all page faults of the process.
         for pages in to_map {
             shared.map(pages)?;
+            shared.watch(pages);
         }
         let mapped = Instant::now();
-        let of_extents = |is_wanted: fn(&Extent) -> bool| {
-            let wanted = extents.iter().filter(|extent| is_wanted(extent));
-            union(wanted.map(|extent| extent.pages(limit)).collect())
-        };
         let ahead = shared
             .ahead
-            .get_or_init(|| of_extents(|extent| !extent.is_tentative()));
-        let written = of_extents(Extent::is_written);
+            .get_or_init(|| union(of_extents(extents, limit, |extent| !extent.is_tentative())));
+        let written = union(of_extents(extents, limit, Extent::is_written));
         in_two(ahead, |ranges| shared.populate(ranges, &written, populates_read));
         Ok(Prefetched {
             n_pages,
@@ -143,12 +146,22 @@ impl LazyMemory {
     }
 }
 
+/// Pages of those extents of which something is true.
+pub(super) fn of_extents(
+    extents: &[Extent],
+    limit: u64,
+    is_wanted: impl Fn(&Extent) -> bool,
+) -> Vec<Range<u64>> {
+    let wanted = extents.iter().filter(|extent| is_wanted(extent));
+    wanted.map(|extent| extent.pages(limit)).collect()
+}
+
 /// What one thread read and checked.
 #[derive(Default)]
-struct Fetched {
+pub(super) struct Fetched {
     n_pages: u64,
     /// Pages that are to be mapped, in order, those of a range from one file.
-    to_map: Vec<Range<u64>>,
+    pub(super) to_map: Vec<Range<u64>>,
 }
 
 impl Shared {
@@ -169,7 +182,7 @@ impl Shared {
         Some(view)
     }
 
-    fn fetch(
+    pub(super) fn fetch(
         &self,
         batches: &[Range<u64>],
         placement: Placement,
@@ -177,7 +190,7 @@ impl Shared {
     ) -> Result<Fetched, FillError> {
         let (mut buffer, mut fetched) = (Vec::new(), Fetched::default());
         for pages in batches {
-            let may_map = placement == Placement::Mapped
+            let may_map = placement != Placement::Copied
                 && fetched.to_map.len() < MAX_MAPPINGS / 2
                 && self.source.file(pages.start).is_some();
             let runs = in_one_file(&*self.source, pages.clone())
@@ -250,7 +263,7 @@ impl Shared {
     }
 
     /// Add pages of one file behind all others.
-    fn push_mapping(&self, to_map: &mut Vec<Range<u64>>, pages: Range<u64>) {
+    pub(super) fn push_mapping(&self, to_map: &mut Vec<Range<u64>>, pages: Range<u64>) {
         match to_map.last_mut() {
             Some(last)
                 if last.end == pages.start
@@ -263,7 +276,7 @@ impl Shared {
     }
 
     /// Whether a run of so many of these pages may be zero.
-    fn may_have_zeros(&self, pages: &Range<u64>, shortest: u64) -> Result<bool, FillError> {
+    pub(super) fn may_have_zeros(&self, pages: &Range<u64>, shortest: u64) -> Result<bool, FillError> {
         let mut n_zero = 0;
         for page in pages.clone() {
             let zero = self.source.may_be_zero(page).map_err(FillError::source(pages))?;
@@ -275,25 +288,29 @@ impl Shared {
         Ok(false)
     }
 
-    fn map(&self, pages: &Range<u64>) -> Result<(), FillError> {
+    pub(super) fn map(&self, pages: &Range<u64>) -> Result<(), FillError> {
         let failed = FillError::place(pages);
         let unmappable = || failed(std::io::ErrorKind::Unsupported.into());
         let (file, offset) = self.source.file(pages.start).ok_or_else(unmappable)?;
         self.ram.map_file(pages.clone(), file, offset).map_err(failed)?;
+        self.filled.set(pages.clone());
+        Ok(())
+    }
+
+    /// Have the page table tell which of these mapped pages are touched, and not their neighbours as well.
+    fn watch(&self, pages: &Range<u64>) {
         let len_bytes = (pages.end - pages.start) * PAGE_BYTES;
         let start = self.ram.hva(pages.start * PAGE_BYTES);
         if let Err(error) = self.uffd.map_single_pages(start, len_bytes) {
             tracing::debug!(?pages, %error, "working set will be recorded with neighbours of touched pages");
         }
-        self.filled.set(pages.clone());
-        Ok(())
     }
 
     /// Bring pages of the mapped image into the page table, so that KVM and the guest find them there; those that
     /// will be written, as copies.
     ///
     /// Best effort: a page that can't be brought now is brought, or refused, when it is touched.
-    fn populate(&self, ranges: &[Range<u64>], written: &[Range<u64>], populates_read: bool) {
+    pub(super) fn populate(&self, ranges: &[Range<u64>], written: &[Range<u64>], populates_read: bool) {
         for pages in ranges {
             let runs = runs_by(pages.clone(), |page| {
                 (self.ram.is_mapped(page), contains(written, page))
@@ -311,7 +328,7 @@ impl Shared {
 }
 
 /// The work for the first and the second half of the items, at once where there are two processors.
-fn in_two<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> R + Sync) -> [R; 2] {
+pub(super) fn in_two<T: Sync, R: Send>(items: &[T], work: impl Fn(&[T]) -> R + Sync) -> [R; 2] {
     let (first, second) = items.split_at(items.len() / 2);
     if !has_two_processors() {
         return [work(first), work(second)];

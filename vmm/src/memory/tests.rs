@@ -20,6 +20,7 @@ use vm_memory::{Bytes, GuestAddress};
 #[derive(Debug, Default)]
 struct Numbered {
     broken: Option<u64>,
+    zero: bool,
     file: Option<File>,
     read: Mutex<Vec<Range<u64>>>,
 }
@@ -41,13 +42,15 @@ impl PageSource for Numbered {
         }
         for (bytes, page) in buffer.chunks_exact_mut(PAGE_SIZE).zip(first..) {
             bytes.fill(0);
-            bytes[..8].copy_from_slice(&numbered(page).to_le_bytes());
+            if !self.zero {
+                bytes[..8].copy_from_slice(&numbered(page).to_le_bytes());
+            }
         }
         Ok(())
     }
     fn will_need(&self, _: Range<u64>) {}
-    fn may_be_zero(&self, _: u64) -> Result<bool, PageError> {
-        Ok(true)
+    fn may_be_zero(&self, page: u64) -> Result<bool, PageError> {
+        Ok(self.zero || numbered(page) == 0)
     }
     fn same_file_end(&self, pages: &Range<u64>) -> u64 {
         pages.end
@@ -57,6 +60,19 @@ impl PageSource for Numbered {
     }
     fn check<'a>(&self, _: Range<u64>, _: &'a ImageView) -> Result<&'a [u8], PageError> {
         unreachable!("there is no view")
+    }
+    fn verify(&self, first: u64, content: &[u8]) -> Result<(), PageError> {
+        for (bytes, page) in content.chunks_exact(PAGE_SIZE).zip(first..) {
+            let found = u64::from_le_bytes(*bytes.first_chunk().unwrap());
+            if found != numbered(page) || self.broken == Some(page) {
+                return Err(PageError::Checksum {
+                    page,
+                    found: 1,
+                    wanted: 2,
+                });
+            }
+        }
+        Ok(())
     }
     fn n_on_disk(&self, _: Range<u64>) -> u64 {
         0
@@ -87,6 +103,16 @@ fn lazy(mem_mib: u32, broken: Option<u64>) -> Lazy {
 
 /// With a file of the same contents, to be mapped.
 fn mappable(mem_mib: u32) -> Lazy {
+    lazy_from(
+        mem_mib,
+        Numbered {
+            file: Some(numbered_file(mem_mib)),
+            ..Numbered::default()
+        },
+    )
+}
+
+fn numbered_file(mem_mib: u32) -> File {
     let file = tempfile::tempfile().unwrap();
     file.set_len(u64::from(mem_mib) << 20).unwrap();
     for page in 0..8192 {
@@ -96,13 +122,7 @@ fn mappable(mem_mib: u32) -> Lazy {
                 .unwrap();
         }
     }
-    lazy_from(
-        mem_mib,
-        Numbered {
-            file: Some(file),
-            ..Numbered::default()
-        },
-    )
+    file
 }
 
 fn lazy_from(mem_mib: u32, source: Numbered) -> Lazy {
@@ -156,7 +176,7 @@ fn every_page_is_filled_with_its_own_content_when_touched() {
 #[test]
 fn after_the_first_byte_more_is_filled_around_a_fault() {
     let guest = lazy(128, None);
-    guest.lazy.take_working_set().unwrap();
+    guest.lazy.take_working_set(true).unwrap();
     for page in [5, 4, 0, 15, 1000] {
         assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
     }
@@ -335,11 +355,11 @@ fn windows_filled_before_the_first_byte_are_tentative_in_the_next_set() {
     let guest = lazy(128, None);
     number_at(&guest.memory, 100);
     number_at(&guest.memory, 3);
-    let set = guest.lazy.take_working_set().unwrap().unwrap();
+    let set = guest.lazy.take_working_set(true).unwrap().unwrap();
     number_at(&guest.memory, 5000);
     let expected = [0..4, 100..104].map(|pages| extent(pages).with_tentative(true));
     assert_eq!(set, expected);
-    assert_eq!(guest.lazy.take_working_set().unwrap(), None);
+    assert_eq!(guest.lazy.take_working_set(true).unwrap(), None);
     let counts = guest.lazy.counts();
     assert_eq!(
         (counts.faults, counts.faults_first_byte, counts.pages),
@@ -360,11 +380,85 @@ fn the_next_set_has_what_was_ahead_and_of_the_tentative_pages_those_that_were_to
     number_at(&guest.memory, 70);
     let written = GuestAddress(80 * PAGE_BYTES);
     guest.memory.write_obj(7u64, written).unwrap();
-    let set = guest.lazy.take_working_set().unwrap().unwrap();
+    let set = guest.lazy.take_working_set(true).unwrap().unwrap();
     let expected = [extent(8..16), extent(70..71), extent(80..81).with_written(true)];
     assert_eq!(set, expected);
     let counts = guest.lazy.counts();
     assert_eq!((counts.faults, counts.mapped_faults_first_byte), (0, 2));
+}
+
+#[test]
+fn an_unwatched_set_raises_no_fault_and_stays_what_it_is() {
+    let guest = mappable(128);
+    let extents = [
+        extent(8..16),
+        extent(16..20).with_written(true),
+        extent(30..32).with_tentative(true),
+    ];
+    guest.lazy.prefetch(&extents, Placement::Unwatched, true).unwrap();
+    let own = |ranges: &[Range<u64>]| assert_eq!(guest.ram.own_pages().unwrap(), ranges);
+    own(std::slice::from_ref(&(16..20)));
+    for page in 8..32 {
+        assert_eq!(number_at(&guest.memory, page), numbered(page), "page {page}");
+    }
+    assert_eq!(guest.lazy.counts().faults, 0);
+    for written in [18, 25] {
+        let at = GuestAddress(written * PAGE_BYTES);
+        guest.memory.write_obj(7u64, at).unwrap();
+    }
+    own(&[16..20, 25..26]);
+    assert_eq!(number_at(&guest.memory, 101), 101);
+    let set = guest.lazy.take_working_set(true).unwrap().unwrap();
+    let found = extent(100..104).with_tentative(true);
+    assert_eq!(set, [&extents[..], &[found]].concat());
+    let counts = guest.lazy.counts();
+    assert_eq!((counts.faults, counts.mapped_faults_first_byte), (1, 1));
+}
+
+#[test]
+fn an_unwatched_run_that_answered_nobody_leaves_the_set_alone() {
+    let guest = mappable(128);
+    let extents = [extent(8..16)];
+    guest.lazy.prefetch(&extents, Placement::Unwatched, true).unwrap();
+    number_at(&guest.memory, 100);
+    assert_eq!(guest.lazy.take_working_set(false).unwrap().unwrap(), extents);
+}
+
+#[test]
+fn a_long_run_of_zeros_in_an_unwatched_set_is_not_mapped() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(128 << 20).unwrap();
+    let guest = lazy_from(
+        128,
+        Numbered {
+            file: Some(file),
+            zero: true,
+            ..Numbered::default()
+        },
+    );
+    let extents = [extent(0..64)];
+    guest.lazy.prefetch(&extents, Placement::Unwatched, true).unwrap();
+    assert!((0..64).all(|page| !guest.ram.is_mapped(page)));
+    assert_eq!((number_at(&guest.memory, 9), guest.lazy.counts().faults), (0, 0));
+}
+
+#[test]
+fn a_broken_page_of_an_unwatched_set_is_found_before_the_guest_runs() {
+    for to_write in [false, true] {
+        let guest = lazy_from(
+            128,
+            Numbered {
+                broken: Some(7),
+                file: Some(numbered_file(128)),
+                ..Numbered::default()
+            },
+        );
+        let extents = [extent(0..16).with_written(to_write)];
+        assert!(matches!(
+            guest.lazy.prefetch(&extents, Placement::Unwatched, true),
+            Err(FillError::Source { .. })
+        ));
+    }
 }
 
 #[test]

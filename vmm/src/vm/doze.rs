@@ -7,12 +7,11 @@
 //! of there. Others of the mapped image may have been read again from a disk since, unchecked: so a machine of which anything has
 //! left the page cache is not resumed, but restored by another process.
 
-use super::restore::{decode, fill_lazily, laid_out_ahead, pre_fault};
+use super::restore::{Ahead, decode, fill_lazily, pre_fault};
 use super::{Backing, ImageFiles, Phase, Vm, VmError, first_error, micros};
 use crate::arch;
 use crate::image::{self, Expected, OpenImage, PageSource};
 use crate::memory::lazy::FailureSink;
-use crate::memory::prefetch::Placement;
 use crate::sys::process;
 use crate::vcpu::Vcpu;
 use std::sync::Arc;
@@ -53,14 +52,14 @@ impl Vm {
     }
 
     fn lay_out(&mut self, image: OpenImage, on_memory_failure: FailureSink) -> Result<(), VmError> {
-        let ahead = laid_out_ahead(&image);
+        let ahead = Ahead::of(&image);
         let file = Arc::new(image.file);
         // Ends the thread that serves page faults of the old memory.
         self.backing = Backing::Anonymous;
         self.ram.map_anew()?;
         let source = Arc::clone(&file) as Arc<dyn PageSource>;
         let lazy = fill_lazily(&self.ram, &self.uffd, source, on_memory_failure)?;
-        lazy.prefetch(&ahead, Placement::default(), !self.can_pre_fault)?;
+        lazy.prefetch(&ahead.extents, ahead.placement, !self.can_pre_fault)?;
         if self.can_pre_fault {
             pre_fault(&self.vcpus, &self.ram, lazy.ahead())?;
         }

@@ -1,8 +1,8 @@
 //! Resuming from a hibernation image.
 //!
 //! Everything that can be refused is refused before memory or devices are touched. Then the vCPUs take over their
-//! state while this thread puts the working set in place, and nothing waits for the rest: it is filled when it is
-//! touched.
+//! state while this thread attaches the devices. KVM writes to the guest's memory when it takes a vCPU's state (the wall clock of
+//! kvmclock), so the working set is put in place after that. Nothing waits for the rest: it is filled when it is touched.
 
 use super::build::no_uffd;
 use super::{Backing, Files, ImageFiles, MachineState, Prepared, Vm, VmError, micros};
@@ -23,6 +23,10 @@ use torpor_api::vmm::RestoreTrace;
 /// Up to this generation of an image the recorded set says little: it is that of a boot or of the template's guest,
 /// which did something else.
 const EARLY_GENERATIONS: u64 = 3;
+/// After them, one wake in so many is watched, if all is as before.
+const WATCHED_ONE_IN: u64 = 8;
+/// Most pages of which a set may not know whether they are needed for a wake to go unwatched: windows around some 60 faults.
+const MAX_SETTLED_DOUBTS: usize = 256;
 /// Most bytes of an image that are mapped ahead although nobody saw that the guest needs them.
 const MAX_UNKNOWN_BYTES: u64 = 128 << 20;
 
@@ -56,7 +60,7 @@ impl Prepared {
         let ImageFiles { image, base } = files.take_image()?;
         let backends = files.take_backends(request.console_limit)?;
         let image = image::open(image, base, &self.expected(request))?;
-        let ahead = laid_out_ahead(&image);
+        let ahead = Ahead::of(&image);
         let OpenImage { file, vmstate, .. } = image;
         let state = decode(vmstate, self.vcpus.len())?;
         let file = Arc::new(file);
@@ -65,22 +69,22 @@ impl Prepared {
             ..RestoreTrace::default()
         };
         let (lazy, memory) = self.map_lazily(Arc::clone(&file) as Arc<dyn PageSource>, on_memory_failure)?;
-        self.attach_checked(&memory, backends, request.disk_generation)?;
         arch::restore_clock(&self.vm_fd, &state.vm)?;
         for (vcpu, state) in self.vcpus.iter().zip(state.vcpus) {
             vcpu.restore(state)?;
         }
+        self.attach_checked(&memory, backends, request.disk_generation)?;
+        for vcpu in &self.vcpus {
+            vcpu.done()?;
+        }
         trace.attached_us = micros(started);
-        let prefetched = lazy.prefetch(&ahead, Placement::default(), !self.can_pre_fault)?;
+        let prefetched = lazy.prefetch(&ahead.extents, ahead.placement, !self.can_pre_fault)?;
         let since =
             |step: Instant| u64::try_from(step.duration_since(started).as_micros()).unwrap_or(u64::MAX);
         trace.prefetched_pages = prefetched.n_pages;
         trace.checked_us = since(prefetched.checked);
         trace.mapped_us = since(prefetched.mapped);
         trace.populated_us = since(prefetched.populated);
-        for vcpu in &self.vcpus {
-            vcpu.done()?;
-        }
         if self.can_pre_fault {
             pre_fault(&self.vcpus, &self.ram, lazy.ahead())?;
         }
@@ -180,14 +184,40 @@ pub(super) fn pre_fault(vcpus: &[Vcpu], ram: &Ram, pages: &[Range<u64>]) -> Resu
     Ok(first.done()?)
 }
 
-/// What is put in place before the guest runs from this image.
-pub(super) fn laid_out_ahead(image: &OpenImage) -> Vec<Extent> {
-    let generation = image.header.generation;
-    let mut ahead = image::with_probation(&image.working_set, generation);
-    if generation <= EARLY_GENERATIONS || image.working_set.is_empty() {
-        ahead.extend(everything(&image.file));
+/// What is put in place before the guest runs from an image, and how.
+pub(super) struct Ahead {
+    pub(super) extents: Vec<Extent>,
+    pub(super) placement: Placement,
+}
+
+impl Ahead {
+    pub(super) fn of(image: &OpenImage) -> Self {
+        let generation = image.header.generation;
+        if is_settled(&image.working_set, generation) {
+            return Self {
+                extents: image.working_set.clone(),
+                placement: Placement::Unwatched,
+            };
+        }
+        let mut extents = image::with_probation(&image.working_set, generation / WATCHED_ONE_IN);
+        if generation <= EARLY_GENERATIONS || image.working_set.is_empty() {
+            extents.extend(everything(&image.file));
+        }
+        Self {
+            extents,
+            placement: Placement::Mapped,
+        }
     }
-    ahead
+}
+
+/// Whether so much is known about what the guest needs that this wake need not be watched.
+fn is_settled(set: &[Extent], generation: u64) -> bool {
+    let doubted = set.iter().filter(|extent| extent.is_tentative());
+    let n_doubted: usize = doubted.map(|extent| extent.pages(u64::MAX).count()).sum();
+    generation > EARLY_GENERATIONS
+        && !generation.is_multiple_of(WATCHED_ONE_IN)
+        && !set.is_empty()
+        && n_doubted <= MAX_SETTLED_DOUBTS
 }
 
 /// For a guest of which little is known yet: all that its image holds, if it is not too much. What of it the guest
@@ -217,4 +247,21 @@ pub(super) fn decode(mut vmstate: Vec<u8>, n_vcpus: usize) -> Result<MachineStat
         });
     }
     Ok(state)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wake_goes_unwatched_if_little_is_in_doubt_and_it_is_not_its_turn() {
+        let known = Extent::new(0..4000).unwrap();
+        let doubted = |n_pages: u64| Extent::new(5000..5000 + n_pages).unwrap().doubted();
+        let settled: Vec<_> = (0..20)
+            .filter(|g| is_settled(&[known, doubted(256)], *g))
+            .collect();
+        assert_eq!(settled, [4, 5, 6, 7, 9, 10, 11, 12, 13, 14, 15, 17, 18, 19]);
+        assert!(!is_settled(&[known, doubted(257)], 5));
+        assert!(!is_settled(&[], 5));
+    }
 }

@@ -57,7 +57,11 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn restore_step() -> impl Strategy<Value = Step> {
-    let placement = prop_oneof![Just(Placement::Copied), Just(Placement::Mapped)];
+    let placement = prop_oneof![
+        Just(Placement::Copied),
+        Just(Placement::Mapped),
+        Just(Placement::Unwatched)
+    ];
     (0u64..96, 1u64..60, any::<bool>(), placement).prop_map(|(first, n_pages, written, placement)| {
         let extent = Extent::new(first..first + n_pages).unwrap();
         Step::Restore(extent.with_written(written), placement)
