@@ -20,7 +20,9 @@ mod kvm {
     use std::fs::File;
     use std::os::unix::fs::{FileExt, MetadataExt};
     use std::path::PathBuf;
-    use torpor_api::vmm::{Event, ExitReason, FdRole, Reply, Request, Shape, VmmErrorCode, VmmState};
+    use torpor_api::vmm::{
+        Event, ExitReason, FdRole, Reply, Request, RestoreTrace, Shape, VmmErrorCode, VmmState,
+    };
     use torpor_vmm::image::{self, Expected, ImageLayout, PageSource};
 
     const MEM_MIB: u32 = 128;
@@ -70,12 +72,16 @@ mod kvm {
         }
 
         fn restore(&self, generation: u64) -> Vmm {
+            self.restore_traced(generation).0
+        }
+
+        fn restore_traced(&self, generation: u64) -> (Vmm, RestoreTrace) {
             let mut vmm = self.start();
             let trace = vmm
                 .restore(&self.machine, "memory.img", generation, false)
                 .unwrap();
             println!("generation {generation}: {trace:?}");
-            vmm
+            (vmm, trace)
         }
 
         fn tick(&self) -> u64 {
@@ -187,7 +193,8 @@ mod kvm {
         let bench = Bench::new(2);
         let mut vmm = bench.boot(BUSY);
         bench.machine.wait_tick_after(1);
-        for generation in 1..=4 {
+        let mut n_unwatched = 0;
+        for generation in 1..=6 {
             vmm.freeze();
             bench.persist_and_compare(&mut vmm, generation);
             let tick = bench.tick();
@@ -196,11 +203,18 @@ mod kvm {
                 assert!(!vmm.run().0);
             } else {
                 vmm.kill();
-                vmm = bench.restore(generation);
+                let (restored, trace) = bench.restore_traced(generation);
+                vmm = restored;
+                // What is watched is checked before it is mapped.
+                n_unwatched += u32::from(trace.checked_us > trace.populated_us);
             }
             bench.machine.wait_tick_after(tick + 1);
             vmm.call(Request::FirstByte, Vec::new()).unwrap();
         }
+        assert!(
+            (1..=3).contains(&n_unwatched),
+            "{n_unwatched} restores were unwatched"
+        );
         vmm.kill();
     }
 

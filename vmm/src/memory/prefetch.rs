@@ -8,7 +8,8 @@
 //! Pages that the page cache holds are checked where they are, others are read.
 //!
 //! Only for a guest that does not run yet: replacing a mapping under a running vCPU would race with its faults, and a
-//! guest that runs could give pages back meanwhile. Two threads share the work.
+//! guest that runs could give pages back meanwhile. Its vCPUs have their state by then, since KVM writes to memory when they take
+//! it. Two threads share the work.
 //! A page that is mapped was checked when it was read into the page cache; an image in use is written by nobody but
 //! the persist of its own machine, which leaves pages alone that the guest did not write.
 
@@ -53,7 +54,7 @@ pub enum Placement {
 pub struct Prefetched {
     /// Pages.
     pub n_pages: u64,
-    /// All were read and checked, or copied.
+    /// All were read and checked, or copied. Unwatched, that comes last.
     pub checked: Instant,
     /// All that are to be mapped were mapped.
     pub mapped: Instant,

@@ -49,10 +49,8 @@ impl LazyMemory {
         for checked in in_two(to_map, |ranges| shared.check_mapped(ranges)) {
             checked?;
         }
-        let n_pages = to_map.iter().map(|pages| pages.end - pages.start).sum();
-        shared.count_pages(n_pages);
         Ok(Prefetched {
-            n_pages,
+            n_pages: to_map.iter().map(|pages| pages.end - pages.start).sum(),
             mapped,
             populated,
             checked: Instant::now(),
@@ -74,6 +72,7 @@ impl Shared {
                 break;
             }
             if !self.may_have_zeros(&part, LONG_ZERO_RUN_PAGES)? {
+                self.count_pages(part.end - part.start);
                 self.push_mapping(&mut to_map, part);
                 continue;
             }
