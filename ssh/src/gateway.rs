@@ -211,14 +211,16 @@ async fn serve(
     let mut session = started.map_err(|_| russh::Error::ConnectionTimeout)??;
     let handle = session.handle();
     let too_late = async {
-        tokio::select! {
-            () = tokio::time::sleep_until(deadline) => "the login took too long",
-            () = async { logged_in.cancelled().await; std::future::pending().await } => "",
+        if tokio::time::timeout_at(deadline, logged_in.cancelled())
+            .await
+            .is_ok()
+        {
+            std::future::pending::<()>().await;
         }
     };
     let reason = tokio::select! {
         outcome = &mut session => return outcome,
-        reason = too_late => reason,
+        () = too_late => "the login took too long",
         () = ended.cancelled() => "torpord is restarting",
     };
     // The connection may be stuck: then it is left to its own end.

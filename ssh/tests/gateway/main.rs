@@ -199,6 +199,21 @@ async fn an_sftp_session_ends_with_a_status_because_scp_fails_without_one() {
 }
 
 #[tokio::test]
+async fn a_login_may_take_a_minute_and_a_connection_outlasts_it() {
+    let (_, gateway) = gateway(Fake::new()).await;
+    let slow = connect(&gateway).await;
+    let client = logged_in(&gateway, "web:the-api-key").await;
+    tokio::time::pause();
+    tokio::time::advance(Duration::from_secs(61)).await;
+    tokio::time::resume();
+    while !slow.is_closed() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    client.send_ping().await.unwrap();
+    client.channel_open_session().await.unwrap();
+}
+
+#[tokio::test]
 async fn what_is_no_ssh_client_is_cut_off_and_shutdown_does_not_wait_for_it() {
     let (_, gateway) = gateway(Fake::new()).await;
     let mut stream = tokio::net::TcpStream::connect(gateway.address()).await.unwrap();
