@@ -74,7 +74,7 @@ def test_a_short_lease_pauses_and_a_request_wakes(machine_factory):
     assert status == 200
     assert "torpor-wake;dur=" in headers["Server-Timing"]
     after = machine.get()
-    assert after["status"] == "running"
+    assert after["status"] in ("running", "pausing"), "a slow host takes the next lease to say so"
     assert after["lease"]["seconds"] == 3, "the policy survives a wake"
     assert torpor.wait_for(lambda: machine.status() == "paused", "the lease begins anew after a wake", 60)
     assert torpor.fetch(machine.url())["nonce"] == before["nonce"]
