@@ -67,15 +67,15 @@ def test_a_thousand_requests_cause_one_restore(counter):
 def test_a_short_lease_pauses_and_a_request_wakes(machine_factory):
     machine = machine_factory(services=[{"port": torpor.SERVICE_PORT}])
     before = machine.start_counter()
-    lease = torpor.call("PUT", f"/v1/machines/{machine.id}/lease", {"lease": {"seconds": 3, "action": "pause"}})
-    assert 0 < lease["remaining_ms"] <= 3000
+    lease = torpor.call("PUT", f"/v1/machines/{machine.id}/lease", {"lease": {"seconds": 10, "action": "pause"}})
+    assert 0 < lease["remaining_ms"] <= 10_000
     torpor.wait_for(lambda: machine.status() == "paused", "the lease pauses the machine", 60)
     status, headers, _ = torpor.request(machine.url())
     assert status == 200
     assert "torpor-wake;dur=" in headers["Server-Timing"]
     after = machine.get()
-    assert after["status"] in ("running", "pausing"), "a slow host takes the next lease to say so"
-    assert after["lease"]["seconds"] == 3, "the policy survives a wake"
+    assert after["status"] == "running"
+    assert after["lease"]["seconds"] == 10, "the policy survives a wake"
     assert torpor.wait_for(lambda: machine.status() == "paused", "the lease begins anew after a wake", 60)
     assert torpor.fetch(machine.url())["nonce"] == before["nonce"]
 
