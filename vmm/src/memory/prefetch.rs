@@ -38,12 +38,11 @@ pub(super) const LONG_ZERO_RUN_PAGES: u64 = 32;
 pub(super) const MAX_MAPPINGS: usize = 8192;
 
 /// How pages get from the image into guest memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Placement {
     /// As copies.
     Copied,
     /// As private mappings of the image, so that the page table tells which of them the guest touches.
-    #[default]
     Mapped,
     /// As private mappings of the image, without that: half the page faults. As mapped if the image has to come from a disk.
     Unwatched,
